@@ -1,0 +1,1 @@
+//! Bodies of the AMS REST API (ams-api).

@@ -1,0 +1,1 @@
+//! Messages of the `control` data channel (stream-protocol sections 5 to 9).
