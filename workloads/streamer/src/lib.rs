@@ -1,1 +1,2 @@
-
+pub mod compositor;
+pub mod encode;

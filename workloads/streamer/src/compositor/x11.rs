@@ -1,0 +1,522 @@
+//! X11 applications: Xwayland as a supervised child, and the window manager that it needs.
+//!
+//! Windows without a frame are treated as Wayland ones are: main windows fill the output, dialogs are centred, and
+//! what places itself (menus, tooltips) stays where it is. If Xwayland dies, its applications are gone, but the display
+//! number stays and a new server is started after a pause that grows.
+
+use std::{
+    collections::BTreeSet,
+    fs::DirBuilder,
+    io::{self, PipeReader, Read as _},
+    os::{fd::OwnedFd, unix::fs::DirBuilderExt as _},
+    process::Stdio,
+    time::{Duration, Instant},
+};
+
+use smithay::{
+    delegate_xwayland_shell,
+    desktop::Window,
+    reexports::{
+        calloop::{
+            Interest, Mode, PostAction, RegistrationToken,
+            generic::Generic,
+            timer::{TimeoutAction, Timer},
+        },
+        wayland_server::{Client, protocol::wl_surface::WlSurface},
+    },
+    utils::{Logical, Rectangle},
+    wayland::{
+        selection::{
+            SelectionTarget,
+            data_device::{
+                clear_data_device_selection, current_data_device_selection_userdata,
+                request_data_device_client_selection, set_data_device_selection,
+            },
+            primary_selection::{
+                clear_primary_selection, current_primary_selection_userdata,
+                request_primary_client_selection, set_primary_selection,
+            },
+        },
+        xwayland_shell::{XWaylandShellHandler, XWaylandShellState},
+    },
+    xwayland::{
+        X11Surface, X11Wm, XWayland, XwmHandler,
+        xwm::{Reorder, ResizeEdge, WmWindowProperty, XwmId},
+    },
+};
+use tracing::{debug, info, warn};
+
+use super::{
+    Event,
+    layout::{self, Role},
+    state::State,
+};
+
+/// Where X servers listen.
+const SOCKETS: &str = "/tmp/.X11-unix";
+/// Display numbers beyond those that smithay tries by itself (0 to 32).
+const MORE_DISPLAYS: std::ops::Range<u32> = 33..1024;
+/// First and longest pause before Xwayland is started again.
+const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+/// A server that ran so long was well; the next pause is short again.
+const WELL_AFTER: Duration = Duration::from_secs(60);
+/// How long a stopping compositor waits for Xwayland to end.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Bits of an X11 id that a client chooses by itself; the rest names the client (Xorg's default, 512 clients at most).
+const CLIENT_IDS: u32 = 0x1f_ffff;
+
+/// One X server and its window manager.
+pub(super) struct Xwayland {
+    display: u32,
+    runtime_dir: std::path::PathBuf,
+    server: Option<Server>,
+    /// Kept after its server is gone, for events that are still on their way; replaced by the next one.
+    manager: Option<X11Wm>,
+    started: Instant,
+    pause: Duration,
+}
+
+struct Server {
+    xwayland: XWayland,
+    client: Client,
+    /// Xwayland's standard error; its end is the end of the process.
+    log: PipeReader,
+    sources: Vec<RegistrationToken>,
+}
+
+impl Xwayland {
+    /// The display number, which stays the same over restarts.
+    pub fn display(&self) -> u32 {
+        self.display
+    }
+}
+
+impl State {
+    /// Starts Xwayland; its socket listens when this returns.
+    ///
+    /// # Errors
+    /// When there is no `Xwayland` or no display number is free.
+    pub fn start_x11(&mut self, runtime_dir: &std::path::Path) -> io::Result<()> {
+        // The directory belongs to all users of the machine, like /tmp itself; it may be there already.
+        match DirBuilder::new().mode(0o1777).create(SOCKETS) {
+            Ok(()) => {
+                // The process's umask has cut the mode.
+                let all = std::os::unix::fs::PermissionsExt::from_mode(0o1777);
+                std::fs::set_permissions(SOCKETS, all)?;
+            }
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error),
+        }
+        let server = self.spawn_server(runtime_dir, None).or_else(|error| {
+            if error.kind() == io::ErrorKind::NotFound {
+                return Err(error);
+            }
+            let mut others = MORE_DISPLAYS.map(|display| self.spawn_server(runtime_dir, Some(display)));
+            others.find_map(Result::ok).ok_or(error)
+        })?;
+        let display = server.xwayland.display_number();
+        self.x11 = Some(Xwayland {
+            display,
+            runtime_dir: runtime_dir.to_owned(),
+            server: Some(server),
+            manager: None,
+            started: Instant::now(),
+            pause: PAUSE.0,
+        });
+        self.watch_server()
+    }
+
+    fn spawn_server(&self, runtime_dir: &std::path::Path, display: Option<u32>) -> io::Result<Server> {
+        let (log, log_end) = io::pipe()?;
+        let environment = [("XDG_RUNTIME_DIR", runtime_dir)];
+        let (xwayland, client) =
+            XWayland::spawn(&self.display, display, environment, false, Stdio::null(), log_end, |_| ())?;
+        Ok(Server { xwayland, client, log, sources: Vec::new() })
+    }
+
+    fn watch_server(&mut self) -> io::Result<()> {
+        let Some(server) = self.x11.as_mut().and_then(|x11| x11.server.as_mut()) else { return Ok(()) };
+        rustix::io::ioctl_fionbio(&server.log, true)?;
+        let log = Generic::new(server.log.try_clone()?, Interest::READ, Mode::Level);
+        let ready =
+            Generic::new(server.xwayland.poll_fd().try_clone_to_owned()?, Interest::READ, Mode::Level);
+        let log = self.handle.insert_source(log, |_, log, state| Ok(state.read_server_log(log)));
+        let ready = self.handle.insert_source(ready, |_, _, state| {
+            state.start_manager();
+            Ok(PostAction::Remove)
+        });
+        let sources = [log.map_err(|error| error.error), ready.map_err(|error| error.error)];
+        for source in sources {
+            server.sources.push(source.map_err(io::Error::other)?);
+        }
+        Ok(())
+    }
+
+    fn read_server_log(&mut self, log: &PipeReader) -> PostAction {
+        let mut text = [0; 4096];
+        let mut reader: &PipeReader = log;
+        match reader.read(&mut text) {
+            Ok(0) => {
+                self.server_gone();
+                PostAction::Remove
+            }
+            Ok(length) => {
+                for line in
+                    String::from_utf8_lossy(&text[..length]).lines().filter(|line| !line.trim().is_empty())
+                {
+                    debug!(line, "Xwayland says");
+                }
+                PostAction::Continue
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => PostAction::Continue,
+            Err(error) => {
+                warn!(%error, "Xwayland's messages cannot be read");
+                self.server_gone();
+                PostAction::Remove
+            }
+        }
+    }
+
+    fn start_manager(&mut self) {
+        let Some(x11) = &mut self.x11 else { return };
+        let Some(server) = &mut x11.server else { return };
+        let socket = match server.xwayland.take_socket() {
+            Ok(Some(socket)) => socket,
+            // It closed its end without a word: it is dying, and its log will say when.
+            Ok(None) => return,
+            Err(error) => {
+                warn!(%error, "Xwayland does not start");
+                return;
+            }
+        };
+        match X11Wm::start_wm(self.handle.clone(), socket, server.client.clone()) {
+            Ok(manager) => {
+                info!(display = x11.display, "Xwayland is ready");
+                x11.manager = Some(manager);
+            }
+            Err(error) => warn!(%error, "the X11 window manager does not start"),
+        }
+    }
+
+    /// Xwayland has ended.
+    fn server_gone(&mut self) {
+        let Some(x11) = &mut self.x11 else { return };
+        let Some(server) = x11.server.take() else { return };
+        if x11.started.elapsed() > WELL_AFTER {
+            x11.pause = PAUSE.0;
+        }
+        let pause = x11.pause;
+        x11.pause = (pause * 2).min(PAUSE.1);
+        warn!(
+            display = x11.display,
+            pause_ms = pause.as_millis() as u64,
+            "Xwayland has ended; it is started again"
+        );
+        let gone: Vec<_> =
+            self.windows.items().chain(&self.unmapped).filter(|window| window.is_x11()).cloned().collect();
+        for window in gone {
+            self.forget(&window);
+        }
+        for source in server.sources {
+            // The log's source removes itself: it is the one that is running.
+            self.handle.remove(source);
+        }
+        drop(server.xwayland);
+        (self.events)(Event::XwaylandExited);
+        let timer = Timer::from_duration(pause);
+        let again = self.handle.insert_source(timer, |_, (), state| {
+            state.restart_server();
+            TimeoutAction::Drop
+        });
+        if let Err(error) = again {
+            warn!(error = %error.error, "Xwayland cannot be started again");
+        }
+    }
+
+    fn restart_server(&mut self) {
+        let Some(x11) = &self.x11 else { return };
+        match self.spawn_server(&x11.runtime_dir.clone(), Some(x11.display)) {
+            Ok(server) => {
+                if let Some(x11) = &mut self.x11 {
+                    x11.server = Some(server);
+                    x11.started = Instant::now();
+                }
+                if let Err(error) = self.watch_server() {
+                    warn!(%error, "Xwayland cannot be watched");
+                }
+            }
+            Err(error) => warn!(%error, "Xwayland cannot be started again"),
+        }
+    }
+
+    /// Ends Xwayland and waits until it is gone.
+    pub fn stop_x11(&mut self) {
+        let Some(mut x11) = self.x11.take() else { return };
+        let Some(server) = x11.server.take() else { return };
+        for source in server.sources {
+            self.handle.remove(source);
+        }
+        drop(x11.manager);
+        drop(server.xwayland);
+        let deadline = Instant::now() + PATIENCE;
+        let mut text = [0; 4096];
+        let mut log = &server.log;
+        loop {
+            match log.read(&mut text) {
+                Ok(0) => return,
+                Ok(_) => continue,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => return,
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            let Ok(left) = rustix::time::Timespec::try_from(left) else { return };
+            let mut fds = [rustix::event::PollFd::new(&server.log, rustix::event::PollFlags::IN)];
+            if !matches!(rustix::event::poll(&mut fds, Some(&left)), Ok(1..)) {
+                warn!("Xwayland has not ended in time");
+                return;
+            }
+        }
+    }
+
+    /// How many X11 applications have windows.
+    pub fn x11_clients(&self) -> usize {
+        let windows = self.windows.items().chain(&self.unmapped);
+        let clients: BTreeSet<u32> = windows
+            .filter_map(|window| window.x11_surface())
+            .map(|x11| x11.window_id() & !CLIENT_IDS)
+            .collect();
+        clients.len()
+    }
+
+    /// Keeps the X server's stacking in step; it decides by it which window gets the pointer.
+    pub fn raise_x11(&mut self, window: &Window) {
+        if let (Some(surface), Some(manager)) = (window.x11_surface(), self.manager())
+            && let Err(error) = manager.raise_window(surface)
+        {
+            debug!(%error, "an X11 window could not be raised");
+        }
+    }
+
+    /// Tells X11 clients that a Wayland client has a selection (`None`: has none any more).
+    pub fn offer_to_x11(&mut self, target: SelectionTarget, mime_types: Option<Vec<String>>) {
+        if let Some(manager) = self.manager()
+            && let Err(error) = manager.new_selection(target, mime_types)
+        {
+            debug!(%error, "a selection could not be offered to X11 clients");
+        }
+    }
+
+    /// A Wayland client reads the selection of an X11 client.
+    pub fn send_from_x11(&mut self, target: SelectionTarget, mime_type: String, fd: OwnedFd) {
+        let handle = self.handle.clone();
+        if let Some(manager) = self.manager()
+            && let Err(error) = manager.send_selection(target, mime_type, fd, handle)
+        {
+            debug!(%error, "a selection could not be read from an X11 client");
+        }
+    }
+
+    fn manager(&mut self) -> Option<&mut X11Wm> {
+        let x11 = self.x11.as_mut()?;
+        x11.server.as_ref()?;
+        x11.manager.as_mut()
+    }
+
+    fn window_of_x11(&self, x11: &X11Surface) -> Option<Window> {
+        self.windows.items().chain(&self.unmapped).find(|window| window.x11_surface() == Some(x11)).cloned()
+    }
+
+    /// Notes an X11 window that is being mapped; it is shown with its first content.
+    fn add_x11(&mut self, x11: X11Surface) {
+        if let Some(old) = self.window_of_x11(&x11) {
+            self.forget(&old);
+        }
+        let window = Window::new_x11_window(x11);
+        self.unmapped.push(window.clone());
+        self.configure(&window);
+        self.update_window(&window);
+    }
+
+    fn fill(&self, x11: &X11Surface) {
+        if let Err(error) = x11.configure(Rectangle::from_size(self.size)) {
+            debug!(%error, window = x11.window_id(), "an X11 window could not be configured");
+        }
+    }
+}
+
+/// What a window manager tells Xwayland is best effort: a window may be gone at any moment.
+fn best_effort<E: std::fmt::Display>(result: Result<(), E>) {
+    if let Err(error) = result {
+        debug!(%error, "an X11 window did not take a change");
+    }
+}
+
+impl XwmHandler for State {
+    fn xwm_state(&mut self, _: XwmId) -> &mut X11Wm {
+        let manager = self.x11.as_mut().and_then(|x11| x11.manager.as_mut());
+        manager.expect("only a window manager that was started calls back, and the last one is kept")
+    }
+
+    fn new_window(&mut self, _: XwmId, _: X11Surface) {}
+
+    fn new_override_redirect_window(&mut self, _: XwmId, _: X11Surface) {}
+
+    fn map_window_request(&mut self, _: XwmId, x11: X11Surface) {
+        best_effort(x11.set_mapped(true));
+        self.add_x11(x11);
+    }
+
+    fn mapped_override_redirect_window(&mut self, _: XwmId, x11: X11Surface) {
+        self.add_x11(x11);
+    }
+
+    fn unmapped_window(&mut self, _: XwmId, x11: X11Surface) {
+        if let Some(window) = self.window_of_x11(&x11) {
+            self.forget(&window);
+        }
+        if !x11.is_override_redirect() {
+            best_effort(x11.set_mapped(false));
+        }
+    }
+
+    fn destroyed_window(&mut self, _: XwmId, x11: X11Surface) {
+        if let Some(window) = self.window_of_x11(&x11) {
+            self.forget(&window);
+        }
+    }
+
+    fn configure_request(
+        &mut self,
+        _: XwmId,
+        x11: X11Surface,
+        x: Option<i32>,
+        y: Option<i32>,
+        w: Option<u32>,
+        h: Option<u32>,
+        _: Option<Reorder>,
+    ) {
+        let mut geometry = x11.geometry();
+        geometry.size.w = w.map_or(geometry.size.w, |w| w.min(i32::from(i16::MAX) as u32) as i32);
+        geometry.size.h = h.map_or(geometry.size.h, |h| h.min(i32::from(i16::MAX) as u32) as i32);
+        match self.window_of_x11(&x11) {
+            Some(window) if self.role(&window) == Role::Fill || x11.is_fullscreen() => return,
+            Some(_) => {
+                geometry.size = layout::float_size(geometry.size, self.size);
+                geometry.loc = layout::place(geometry.size, self.size);
+            }
+            // Not mapped yet: it may prepare itself as it likes.
+            None => geometry.loc = (x.unwrap_or(geometry.loc.x), y.unwrap_or(geometry.loc.y)).into(),
+        }
+        best_effort(x11.configure(geometry));
+    }
+
+    fn configure_notify(
+        &mut self,
+        _: XwmId,
+        x11: X11Surface,
+        geometry: Rectangle<i32, Logical>,
+        _: Option<u32>,
+    ) {
+        if let Some(window) = self.window_of_x11(&x11)
+            && self.windows.relocate(&window, geometry.loc)
+        {
+            self.arranged = true;
+            self.clock.changed(Instant::now());
+        }
+    }
+
+    fn property_notify(&mut self, _: XwmId, x11: X11Surface, property: WmWindowProperty) {
+        let matters = matches!(
+            property,
+            WmWindowProperty::NormalHints | WmWindowProperty::TransientFor | WmWindowProperty::WindowType
+        );
+        if let Some(window) = self.window_of_x11(&x11).filter(|_| matters && !x11.is_fullscreen()) {
+            self.configure(&window);
+        }
+    }
+
+    fn maximize_request(&mut self, _: XwmId, x11: X11Surface) {
+        best_effort(x11.set_maximized(true));
+        self.fill(&x11);
+    }
+
+    fn unmaximize_request(&mut self, _: XwmId, x11: X11Surface) {
+        if let Some(window) = self.window_of_x11(&x11) {
+            self.configure(&window);
+        }
+    }
+
+    fn fullscreen_request(&mut self, _: XwmId, x11: X11Surface) {
+        best_effort(x11.set_fullscreen(true));
+        self.fill(&x11);
+    }
+
+    fn unfullscreen_request(&mut self, _: XwmId, x11: X11Surface) {
+        best_effort(x11.set_fullscreen(false));
+        if let Some(window) = self.window_of_x11(&x11) {
+            self.configure(&window);
+        }
+    }
+
+    fn resize_request(&mut self, _: XwmId, _: X11Surface, _: u32, _: ResizeEdge) {}
+
+    fn move_request(&mut self, _: XwmId, _: X11Surface, _: u32) {}
+
+    fn allow_selection_access(&mut self, _: XwmId, _: SelectionTarget) -> bool {
+        // As for Wayland clients: whoever has the keyboard.
+        self.keyboard().current_focus().is_some_and(|focus| focus.x11().is_some())
+    }
+
+    fn send_selection(&mut self, _: XwmId, target: SelectionTarget, mime_type: String, fd: OwnedFd) {
+        let sent = match target {
+            SelectionTarget::Clipboard => request_data_device_client_selection(&self.seat, mime_type, fd)
+                .map_err(|error| error.to_string()),
+            SelectionTarget::Primary => {
+                request_primary_client_selection(&self.seat, mime_type, fd).map_err(|error| error.to_string())
+            }
+        };
+        if let Err(error) = sent {
+            debug!(error, "a selection could not be sent to an X11 client");
+        }
+    }
+
+    fn new_selection(&mut self, _: XwmId, target: SelectionTarget, mime_types: Vec<String>) {
+        match target {
+            SelectionTarget::Clipboard => {
+                set_data_device_selection(&self.display, &self.seat, mime_types, ())
+            }
+            SelectionTarget::Primary => set_primary_selection(&self.display, &self.seat, mime_types, ()),
+        }
+    }
+
+    fn cleared_selection(&mut self, _: XwmId, target: SelectionTarget) {
+        match target {
+            SelectionTarget::Clipboard if current_data_device_selection_userdata(&self.seat).is_some() => {
+                clear_data_device_selection(&self.display, &self.seat);
+            }
+            SelectionTarget::Primary if current_primary_selection_userdata(&self.seat).is_some() => {
+                clear_primary_selection(&self.display, &self.seat);
+            }
+            _ => {}
+        }
+    }
+
+    fn disconnected(&mut self, _: XwmId) {
+        debug!("the connection to Xwayland is closed");
+    }
+}
+
+impl XWaylandShellHandler for State {
+    fn xwayland_shell_state(&mut self) -> &mut XWaylandShellState {
+        &mut self.xwayland_shell_state
+    }
+
+    fn surface_associated(&mut self, _: XwmId, _: WlSurface, x11: X11Surface) {
+        // The content may have come first.
+        if let Some(window) = self.window_of_x11(&x11) {
+            self.update_window(&window);
+        }
+    }
+}
+
+delegate_xwayland_shell!(State);
