@@ -112,6 +112,8 @@ const GIVE_UP_MS = 180_000;
 /** How long a session may need to show that it ended, after its instance closed the stream. */
 const SETTLE_MS = 4_000;
 
+const STOPPED: Ended = { reason: "stopped", message: "You ended the session." };
+
 const OVER: readonly string[] = ["error", "terminating", "terminated"];
 
 /** Whether an error of the gateway will still be the same in a moment. */
@@ -132,6 +134,7 @@ export class Stream extends Emitter<StreamEvents> {
   /** The attempt in progress or alive; everything that arrives for an older one is dropped. */
   #attempt: Attempt | undefined;
   #wake: (() => void) | undefined;
+  #stopping = false;
   readonly #page = new AbortController();
 
   constructor(connector: Connector, options: StreamOptions) {
@@ -189,8 +192,15 @@ export class Stream extends Emitter<StreamEvents> {
 
   /** Ends the session for good. @throws ApiError when the gateway refuses; the stream is then still on */
   async stop(): Promise<void> {
-    if (this.#id !== undefined) await this.#connector.stop?.(this.#id);
-    this.#finish({ reason: "stopped", message: "You ended the session." });
+    // The instance may close the stream before the answer is here; that is still our doing.
+    this.#stopping = true;
+    try {
+      if (this.#id !== undefined) await this.#connector.stop?.(this.#id);
+    } catch (error) {
+      this.#stopping = false;
+      throw error;
+    }
+    this.#finish(STOPPED);
   }
 
   /** Sends a control message. False when there is no connection. */
@@ -504,6 +514,7 @@ export class Stream extends Emitter<StreamEvents> {
   /** The instance closed the stream: find out whether the session is over or somebody else streams it now. */
   async #hostEnded(): Promise<void> {
     this.#drop();
+    if (this.#stopping) return this.#finish(STOPPED);
     const until = performance.now() + SETTLE_MS;
     for (;;) {
       const over = await this.#sessionOver();

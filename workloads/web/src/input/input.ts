@@ -201,6 +201,8 @@ export class Input {
   #absolute(event: PointerEvent): Move | undefined {
     const at = this.#position(event);
     if (!at) return undefined;
+    // A click where the pointer is already needs no move.
+    if (this.#last && this.#last.x === at.x && this.#last.y === at.y) return undefined;
     const last = this.#last ?? at;
     this.#last = at;
     const { x, y } = this.#motion.add(at.x - last.x, at.y - last.y, 1);

@@ -1,10 +1,14 @@
 // Buttons, fingers and the pace of moves (stream-protocol sections 7.2, 7.3 and 7.5). Pure.
 
-/** Bit of `MouseEvent.buttons` → number on the wire. The protocol has none for the fourth button (bit 8). */
+/**
+ * Bit of `MouseEvent.buttons` → number on the wire. The original never sends the fourth button (bit 8, "back"); ours
+ * takes the number that its table leaves free.
+ */
 const BUTTONS: readonly (readonly [bit: number, wire: number])[] = [
   [1, 1],
   [4, 2],
   [2, 3],
+  [8, 4],
   [16, 5],
 ];
 

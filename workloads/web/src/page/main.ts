@@ -65,6 +65,7 @@ function showRoute(route: Route): void {
   show(
     player({
       title,
+      betterTitle: () => titleFor(route),
       open: (options) =>
         route.view === "launch"
           ? client.launch(route.app, { ...options, screen: requestedScreen() })
@@ -79,6 +80,18 @@ function showRoute(route: Route): void {
       onUnauthorized: expired,
     }),
   );
+}
+
+/** The title of the application as the gallery shows it; nothing when it cannot be found out. */
+async function titleFor(route: Route): Promise<string | undefined> {
+  try {
+    const name =
+      route.view === "launch" ? route.app : route.view === "join" ? (await client.api.session(route.session)).app : "";
+    const application = (await client.applications()).find((known) => known.name === name);
+    return titleOf(application ?? { name });
+  } catch {
+    return undefined; // The stream itself will say what is wrong.
+  }
 }
 
 function requestedScreen() {

@@ -2,8 +2,9 @@
 // screen, pointer lock and the panel. Everything about the stream itself is the library's.
 
 import { scaleOf } from "../input/geometry";
+import { listenToText } from "../input/text";
 import { type Cursor, type Ended, Stream, type StreamOptions } from "../stream";
-import { STEPS, STEP_WORDS, type StreamError, nextStep } from "../steps";
+import { STEPS, STEP_WORDS, type Step, type StreamError, nextStep } from "../steps";
 import { cssCursor } from "./cursor";
 import { type View, button, h } from "./dom";
 import { LAYOUTS, preferredLayout, rememberLayout } from "./layouts";
@@ -13,10 +14,15 @@ import { routes } from "./routes";
 /** How long a hint stays. */
 const HINT_MS = 5_000;
 
+/** A failure at these steps means that there is no instance to come back to. */
+const UNBORN: readonly Step[] = ["created", "discover"];
+
 const MENU_KEYS = "Ctrl+Alt+Shift+M";
 
 export interface PlayerOptions {
   title: string;
+  /** Finds out a better title; asked when the picture is there, not to delay it. */
+  betterTitle: () => Promise<string | undefined>;
   /** Makes the stream; called once per attempt of the person. */
   open: (options: StreamOptions) => Stream;
   /** Makes a stream that joins a session that is known by now. */
@@ -38,6 +44,14 @@ export function player(options: PlayerOptions): View {
     video,
   );
   const overlay = h("div", { class: "overlay", role: "status" });
+  const keys = h("textarea", {
+    class: "keys",
+    tabIndex: -1,
+    autocomplete: "off",
+    spellcheck: false,
+    autocapitalize: "none",
+    aria: { label: "Text for the application" },
+  });
   const hint = h("p", { class: "hint", role: "status", hidden: true });
   const sound = h("button", { class: "button chip", type: "button", hidden: true }, "Click for sound");
   const stats = makePanel();
@@ -50,25 +64,28 @@ export function player(options: PlayerOptions): View {
   for (const [name, title] of LAYOUTS) layout.append(h("option", { value: name }, title));
   const lock = button("Capture mouse", "button quiet", () => lockPointer());
   const mute = button("Mute", "button quiet", () => toggleSound());
+  const typing = button("Type", "button quiet touch-only", () => keys.focus(), "Open the on-screen keyboard");
   const full = button("Full screen", "button quiet", () => toggleFullScreen());
   const figures = button("Figures", "button quiet", () => togglePanel());
   figures.setAttribute("aria-expanded", "false");
   const stop = button("Stop", "button danger", () => stopSession(), "End the session and its application");
+  const heading = h("span", { class: "bar-title" }, options.title);
   const bar = h(
     "header",
     { class: "bar", role: "toolbar", aria: { label: "Stream" } },
     leave,
-    h("span", { class: "bar-title" }, options.title),
+    heading,
     state,
     h("span", { class: "spacer" }),
     h("label", { class: "field" }, h("span", {}, "Keyboard"), layout),
     lock,
+    typing,
     mute,
     full,
     figures,
     stop,
   );
-  const stage = h("div", { class: "stage" }, surface, overlay, hint, sound, stats.element);
+  const stage = h("div", { class: "stage" }, keys, surface, overlay, hint, sound, stats.element);
   const element = h("div", { class: "player" }, bar, stage, audio);
 
   const page = new AbortController();
@@ -85,6 +102,18 @@ export function player(options: PlayerOptions): View {
     hint.textContent = text;
     hint.hidden = false;
     hintTimer = setTimeout(() => (hint.hidden = true), HINT_MS);
+  };
+
+  listenToText(keys, (type, data) => stream?.send(type, data), signal);
+
+  let titled = false;
+  const findTitle = async (): Promise<void> => {
+    if (titled) return;
+    titled = true;
+    const title = await options.betterTitle();
+    if (title === undefined || signal.aborted) return;
+    heading.textContent = title;
+    document.title = `${title} – Fanlight`;
   };
 
   // What is shown over the picture.
@@ -130,7 +159,8 @@ export function player(options: PlayerOptions): View {
         h(
           "div",
           { class: "actions" },
-          button("Try again", "button primary", () => again(id)),
+          // What never started does not start by asking again; where the instance runs, a new one would be a waste.
+          button("Try again", "button primary", () => again(UNBORN.includes(error.step) ? undefined : id)),
           h("a", { class: "button", href: routes.gallery }, "Back to the gallery"),
         ),
       ),
@@ -195,6 +225,7 @@ export function player(options: PlayerOptions): View {
       mine(() => {
         overlay.hidden = true;
         overlay.replaceChildren();
+        void findTitle();
         setState("live", "Connected");
         if (document.activeElement === document.body || document.activeElement === null) surface.focus();
       }),
