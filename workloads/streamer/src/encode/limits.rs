@@ -24,7 +24,7 @@ pub fn limits(width: u32, height: u32, fps: u32) -> (u32, u32) {
         .min_by_key(|row| row.1.abs_diff(fps))
         .expect("every size class of the table has rows");
     let scale = |kbps: u32| {
-        let scaled = u64::from(kbps) * pixels.max(largest) / largest;
+        let scaled = u128::from(kbps) * u128::from(pixels.max(largest)) / u128::from(largest);
         u32::try_from(scaled).unwrap_or(u32::MAX)
     };
     if pixels > largest { (scale(min), scale(max)) } else { (min, max) }

@@ -59,7 +59,11 @@ impl PictureRef<'_> {
 
     fn check(&self, width: u32, height: u32) -> Result<(), EncodeError> {
         if (self.width, self.height) != (width, height) {
-            return Err(EncodeError::OtherSize { width: self.width, height: self.height, expected: (width, height) });
+            return Err(EncodeError::OtherSize {
+                width: self.width,
+                height: self.height,
+                expected: (width, height),
+            });
         }
         for plane in 0..3 {
             let (columns, rows) = self.plane_size(plane);
