@@ -163,7 +163,7 @@ fn ensure(
     let mut key = None;
     if files.exist() {
         let chain = read_certificates(&files.certificate)?;
-        let (own, present) = describe(&chain[0], &files.certificate)?;
+        let (own, present) = describe(&chain[0], &files.certificate, ca.is_some())?;
         let missing: Vec<&String> = names.iter().filter(|name| !present.contains(name)).collect();
         if missing.is_empty() {
             return Ok(fingerprint(&chain[0]));
@@ -217,11 +217,12 @@ fn ensure(
     Ok(fingerprint(certificate.der()))
 }
 
-/// Whether a certificate is of our own making, and its names.
-fn describe(der: &CertificateDer<'_>, path: &Path) -> Result<(bool, Vec<String>), TlsError> {
+/// Whether a certificate is of our own making (and comes from an authority, or from itself), and its names.
+fn describe(der: &CertificateDer<'_>, path: &Path, from_ca: bool) -> Result<(bool, Vec<String>), TlsError> {
     let content = |reason: String| TlsError::Content { what: "certificate", path: path.to_owned(), reason };
     let (_, parsed) = x509_parser::parse_x509_certificate(der).map_err(|error| content(error.to_string()))?;
-    let own = parsed.subject().iter_organization().any(|name| name.as_str() == Ok(OWN_ORGANISATION));
+    let made_here = parsed.subject().iter_organization().any(|name| name.as_str() == Ok(OWN_ORGANISATION));
+    let own = made_here && (parsed.issuer() != parsed.subject()) == from_ca;
     let mut names = Vec::new();
     if let Ok(Some(extension)) = parsed.subject_alternative_name() {
         for name in &extension.value.general_names {

@@ -1,0 +1,862 @@
+//! The shell around the session core: requests, reports and reconcilers, over the store and the bus. Decides
+//! nothing that [`crate::session`] or [`crate::agents`] can decide.
+//!
+//! Every change is a compare-and-set on the record in the store, so that units do not need to know each other.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use fanlight_api::{
+    SessionId,
+    bus::{
+        AgentReport, AgentRequest, AgentResponse, GATEWAY_GROUP, GatewayRequest, GatewayResponse,
+        InstanceState, SessionReport, SessionsReport, agent_requests, agents_report, gateway_sessions,
+        sessions_report,
+    },
+    gateway::{Screen, SessionStatus, SessionsPost, StunServer},
+};
+use fanlight_service::ApiError;
+use fanlight_store::{Change, Compare, Op, StoreError, StoreExt as _, encode};
+use futures_util::StreamExt as _;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sha2::{Digest as _, Sha256};
+
+use crate::{
+    Gateway,
+    accounts::Caller,
+    agents::{NoAgent, Refusals, Wanted},
+    index::{SESSIONS, key},
+    session::{Client, Ending, Input, Origin, Session, Verdict, Want},
+};
+
+/// Instances of AMS-made sessions, to find the session of an instance again.
+const INSTANCES: &str = "gateway/instances/";
+/// Sessions whose record went although an instance may be left: reports of it are answered with its end.
+const ENDED: &str = "gateway/ended/";
+/// Idempotency keys of creates.
+const REPEATS: &str = "gateway/repeats/";
+const DAY: Duration = Duration::from_secs(24 * 3600);
+/// Right after the start no agent can be known yet; requests that need one wait so long.
+pub const FIRST_REPORTS: Duration = Duration::from_secs(3);
+/// For everything asked of an agent but `Accept`.
+const AGENT_TIME: Duration = Duration::from_secs(2);
+/// How often the reconciler looks.
+const RECONCILE: Duration = Duration::from_millis(500);
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LAST_PAUSE: Duration = Duration::from_secs(10);
+/// A session missing in complete reports for so long has no instance; late reports cannot explain it.
+const MISSING: Duration = Duration::from_secs(8);
+/// How long `sync=true` waits.
+const SYNC_TIME: Duration = Duration::from_secs(60);
+/// Largest `extra_data`, bytes of JSON: it travels in one bus message and in the guest file.
+const MAX_EXTRA_DATA: usize = 64 * 1024;
+const MAX_IDLE_MINUTES: i64 = 365 * 24 * 60;
+const DEFAULT_IDLE_MINUTES: u32 = 30;
+/// Requests to agents and record changes that one report or tick may cause at a time.
+const CONCURRENT: usize = 64;
+
+/// State of the shell that is not in the store: only times of this unit.
+#[derive(Default)]
+pub struct Reconciler {
+    /// When to ask the agent about a pending session again, and the pause after that.
+    asked: Mutex<HashMap<SessionId, (Instant, Duration)>>,
+    /// Since when a session is missing in complete reports.
+    missing: Mutex<HashMap<SessionId, Instant>>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Repeat {
+    session_id: SessionId,
+    body: String,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct InstanceSession {
+    session_id: SessionId,
+}
+
+/// A create request that was checked.
+struct Checked {
+    app: String,
+    app_version: Option<u32>,
+    region: String,
+    ephemeral: bool,
+    joinable: bool,
+    idle_time_min: u32,
+    extra_data: Value,
+    screen: Screen,
+}
+
+fn check(post: SessionsPost) -> Result<Checked, ApiError> {
+    let bad = |text: String| ApiError::bad_request("invalid-body", text);
+    let app = post.app.unwrap_or_default();
+    if app.is_empty() {
+        return Err(bad("app is missing: the name of an application is needed".into()));
+    }
+    if app.len() > 255 {
+        return Err(bad("app is too long: at most 255 characters are allowed".into()));
+    }
+    let app_version = match post.app_version {
+        None | Some(-1) => None,
+        Some(version) => Some(u32::try_from(version).map_err(|_| {
+            bad(format!("app_version is {version}: a version number, or -1 for the published one, is needed"))
+        })?),
+    };
+    let region = post.region.unwrap_or_default();
+    if region.len() > 255 {
+        return Err(bad("region is too long: at most 255 characters are allowed".into()));
+    }
+    let joinable = post.joinable.unwrap_or(false);
+    let idle_time_min = match post.idle_time_min {
+        // Covers the time before the first client of a non-joinable session too.
+        None => DEFAULT_IDLE_MINUTES,
+        Some(minutes) if (0..=MAX_IDLE_MINUTES).contains(&minutes) => minutes as u32,
+        Some(minutes) => {
+            return Err(bad(format!(
+                "idle_time_min is {minutes}: 0 to {MAX_IDLE_MINUTES} minutes are allowed"
+            )));
+        }
+    };
+    let extra = post.extra_data.to_string().len();
+    if extra > MAX_EXTRA_DATA {
+        return Err(bad(format!("extra_data has {extra} bytes: at most {MAX_EXTRA_DATA} are allowed")));
+    }
+    let screen =
+        post.screen.unwrap_or_default().apply(Screen::default()).map_err(|error| bad(error.to_string()))?;
+    Ok(Checked {
+        app,
+        app_version,
+        region,
+        ephemeral: post.ephemeral.unwrap_or(true),
+        joinable,
+        idle_time_min,
+        extra_data: post.extra_data,
+        screen,
+    })
+}
+
+/// Outcome of a delete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Deleted {
+    /// The session has ended.
+    Done,
+    /// It is being ended.
+    UnderWay,
+}
+
+impl From<NoAgent> for ApiError {
+    fn from(error: NoAgent) -> Self {
+        let text = error.to_string();
+        match error {
+            NoAgent::NoAgents => Self::not_found("no-agent", text),
+            NoAgent::UnknownRegion { known, .. } => {
+                Self::not_found("unknown-region", text).with_reasons(serde_json::json!({ "regions": known }))
+            }
+            NoAgent::UnknownApplication { .. } => Self::bad_request("unknown-application", text),
+            NoAgent::Refused { refusals, .. } => {
+                let reasons = serde_json::to_value(refusals).unwrap_or_default();
+                Self::not_found("no-agent", text).with_reasons(reasons)
+            }
+        }
+    }
+}
+
+fn store_error(error: StoreError) -> ApiError {
+    match error {
+        StoreError::Full { .. } => ApiError::new(
+            http::StatusCode::INSUFFICIENT_STORAGE,
+            "store-full",
+            "the gateway's disk is full: nothing can be created until there is space",
+        )
+        .with_source(error),
+        error => ApiError::internal(error),
+    }
+}
+
+/// No such session, as an answer.
+pub fn no_session(id: &SessionId) -> ApiError {
+    ApiError::not_found("session-not-found", format!("there is no session {id}"))
+}
+
+impl Gateway {
+    /// Creates a session: chooses an agent, writes the record, has the agent accept it.
+    ///
+    /// # Errors
+    /// The request is wrong, or nobody can take it; nothing is left behind.
+    pub async fn create_session(
+        &self,
+        caller: &Caller,
+        post: SessionsPost,
+        repeat: Option<&str>,
+    ) -> Result<(Arc<Session>, Vec<StunServer>), ApiError> {
+        let started = Instant::now();
+        let body = hex::encode(Sha256::digest(serde_json::to_vec(&post).unwrap_or_default()));
+        let repeat_key = repeat.map(|text| {
+            let name = format!("{}\n{text}", caller.account);
+            format!("{REPEATS}{}", hex::encode(Sha256::digest(name)))
+        });
+        if let Some(key) = &repeat_key
+            && let Some(known) = self.store.get_json::<Repeat>(key).await.map_err(store_error)?
+        {
+            if known.value.body != body {
+                return Err(ApiError::conflict(
+                    "idempotency-key-reused",
+                    "this Idempotency-Key was used for another request before",
+                ));
+            }
+            if let Some(session) = self.find_session(&known.value.session_id).await? {
+                let stun_servers = self.credentials(&session).await?;
+                return Ok((session, stun_servers));
+            }
+        }
+        let wanted = check(post)?;
+        let want = Wanted { app: &wanted.app, version: wanted.app_version, region: &wanted.region };
+        let candidates = loop {
+            match self.agents().choose(Instant::now(), want, || rand::random::<f64>()) {
+                Ok(candidates) => break candidates,
+                Err(_) if self.started.elapsed() < FIRST_REPORTS => {}
+                Err(error) => return Err(error.into()),
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        };
+        let first = &candidates[0];
+        let mut session = Session {
+            id: SessionId::generate(),
+            origin: Origin::Gateway,
+            account: caller.account.clone(),
+            app: wanted.app,
+            app_version: wanted.app_version,
+            region: first.region.clone(),
+            cluster_id: first.cluster_id.clone(),
+            agent_id: first.agent_id.clone(),
+            instance_id: None,
+            seen: false,
+            screen: wanted.screen,
+            joinable: wanted.joinable,
+            ephemeral: wanted.ephemeral,
+            idle_time_min: wanted.idle_time_min,
+            extra_data: wanted.extra_data,
+            attempt: 1,
+            status: SessionStatus::Created,
+            message: String::new(),
+            created_at: self.now(),
+            generation: 1,
+            used_generation: 0,
+            client: Client::Never,
+            ending: None,
+        };
+        let id = session.id.clone();
+        let mut compares = vec![Compare::absent(key(&id))];
+        let mut ops = vec![Op::put(key(&id), encode(&key(&id), &session).map_err(store_error)?)];
+        if let Some(key) = &repeat_key {
+            let lease = self.store.grant(DAY).await.map_err(store_error)?;
+            let value = encode(key, &Repeat { session_id: id.clone(), body }).map_err(store_error)?;
+            ops.push(Op::put_leased(key, value, lease));
+            compares.push(match self.store.get(key).await.map_err(store_error)? {
+                Some(entry) => Compare::revision(key, entry.revision),
+                None => Compare::absent(key),
+            });
+        }
+        // This request asks the agents itself; the reconciler comes later.
+        let later = Instant::now() + self.config.limits.accept_time * candidates.len() as u32 + FIRST_PAUSE;
+        self.asked().insert(id.clone(), (later, FIRST_PAUSE));
+        let committed = self.store.transact(compares, ops).await.map_err(|error| match error {
+            StoreError::Conflict => {
+                ApiError::conflict("repeated-at-once", "the same request is being worked on right now")
+            }
+            error => store_error(error),
+        })?;
+        self.index.put(session.clone(), committed.revision);
+        let mut refusals = Refusals::default();
+        let mut unsure = false;
+        for (number, candidate) in candidates.iter().enumerate() {
+            if number > 0 {
+                let change = |current: &Session| {
+                    let mut next = current.clone();
+                    next.region.clone_from(&candidate.region);
+                    next.cluster_id.clone_from(&candidate.cluster_id);
+                    next.agent_id.clone_from(&candidate.agent_id);
+                    Verdict::Put(Box::new(next))
+                };
+                match self.change(&id, change).await.map_err(store_error)? {
+                    Some(current) if current.ending.is_none() => session = (*current).clone(),
+                    _ => return Err(no_session(&id)),
+                }
+            }
+            match self.accept(&session).await {
+                Ok(stun_servers) => {
+                    let current = self.index.get(&id).unwrap_or_else(|| Arc::new(session));
+                    tracing::info!(
+                        session.id = %id,
+                        agent.id = %candidate.agent_id,
+                        app = current.app,
+                        duration_ms = started.elapsed().as_millis() as u64,
+                        "session {id} was created"
+                    );
+                    return Ok((current, stun_servers));
+                }
+                Err(Refused::Said { code, message }) => {
+                    tracing::info!(session.id = %id, agent.id = %candidate.agent_id, code, "agent refused: {message}");
+                    refusals.add(&candidate.agent_id, message);
+                }
+                Err(Refused::Silent(reason)) => {
+                    tracing::warn!(session.id = %id, agent.id = %candidate.agent_id, "agent did not accept: {reason}");
+                    // The request may have arrived although the answer did not.
+                    unsure = true;
+                    let end = AgentRequest::End {
+                        session_id: id.clone(),
+                        message: "the session went elsewhere".into(),
+                        force: true,
+                    };
+                    self.bus.publish_json(&agent_requests(&candidate.agent_id), &end);
+                    refusals.add(&candidate.agent_id, "does not answer");
+                }
+            }
+        }
+        self.forget(&id, unsure).await.map_err(store_error)?;
+        Err(NoAgent::Refused { app: session.app, refusals }.into())
+    }
+
+    async fn accept(&self, session: &Session) -> Result<Vec<StunServer>, Refused> {
+        let request = AgentRequest::Accept(session.launch());
+        match self.ask(session, &request, self.config.limits.accept_time).await? {
+            AgentResponse::Accepted { stun_servers } => Ok(usable(stun_servers)),
+            other => Err(Refused::Silent(format!("unexpected answer {other:?}"))),
+        }
+    }
+
+    async fn ask(
+        &self,
+        session: &Session,
+        request: &AgentRequest,
+        time: Duration,
+    ) -> Result<AgentResponse, Refused> {
+        let agent = self.agents().of_session(Instant::now(), &session.agent_id, &session.cluster_id);
+        match self.bus.request_json::<_, AgentResponse>(&agent_requests(&agent), request, time).await {
+            Ok(AgentResponse::Refused { code, message }) => Err(Refused::Said { code, message }),
+            Ok(answer) => Ok(answer),
+            Err(error) => Err(Refused::Silent(fanlight_service::telemetry::chain(&error))),
+        }
+    }
+
+    /// ICE servers for another client of a session.
+    ///
+    /// # Errors
+    /// Its agent does not answer.
+    pub async fn credentials(&self, session: &Session) -> Result<Vec<StunServer>, ApiError> {
+        let request = AgentRequest::Credentials { session_id: session.id.clone() };
+        let mut last = String::new();
+        for _ in 0..2 {
+            match self.ask(session, &request, AGENT_TIME).await {
+                Ok(AgentResponse::Accepted { stun_servers }) => return Ok(usable(stun_servers)),
+                Ok(other) => last = format!("unexpected answer {other:?}"),
+                Err(Refused::Said { message, .. }) => {
+                    return Err(ApiError::unavailable("agent-refused", message));
+                }
+                Err(Refused::Silent(reason)) => {
+                    last = reason;
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                }
+            }
+        }
+        let text =
+            format!("the agent {} of session {} does not answer; try again", session.agent_id, session.id);
+        Err(ApiError::unavailable("agent-unreachable", text).with_source(last))
+    }
+
+    /// A session as the store has it.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub async fn find_session(&self, id: &SessionId) -> Result<Option<Arc<Session>>, ApiError> {
+        match self.store.get_json::<Session>(&key(id)).await.map_err(store_error)? {
+            Some(record) => Ok(Some(self.index.put(record.value, record.revision))),
+            None => {
+                self.index.remove(id);
+                Ok(None)
+            }
+        }
+    }
+
+    /// Changes a record by compare-and-set. Returns it as it then is; `None` when there is none (any more).
+    ///
+    /// # Errors
+    /// The store cannot be used.
+    pub async fn change(
+        &self,
+        id: &SessionId,
+        mut change: impl FnMut(&Session) -> Verdict + Send,
+    ) -> Result<Option<Arc<Session>>, StoreError> {
+        let mut before = None;
+        let record = self
+            .store
+            .update_json(&key(id), |current: Option<Session>| {
+                before.clone_from(&current);
+                let Some(current) = current else { return Change::Keep };
+                match change(&current) {
+                    Verdict::Keep => Change::Keep,
+                    Verdict::Put(next) => Change::Put(*next),
+                    Verdict::Remove => Change::Delete,
+                }
+            })
+            .await?;
+        let after = match record {
+            Some(record) => Some(self.index.put(record.value, record.revision)),
+            None => {
+                self.index.remove(id);
+                if let Some(Session { origin: Origin::Ams, instance_id: Some(instance_id), .. }) = &before {
+                    let op = Op::delete(format!("{INSTANCES}{instance_id}"));
+                    self.store.transact(vec![], vec![op]).await?;
+                }
+                None
+            }
+        };
+        let status = |session: Option<&Session>| session.map(|session| session.status);
+        let (was, is) = (status(before.as_ref()), status(after.as_deref()));
+        if was != is
+            && let Some(session) = &before
+        {
+            let message = after.as_ref().map(|session| session.message.as_str()).unwrap_or_default();
+            let age_ms = (self.now() - session.created_at).max(0) * 1000;
+            tracing::info!(
+                session.id = %id,
+                agent.id = %session.agent_id,
+                duration_ms = age_ms,
+                message,
+                "session {id} is now {}",
+                is.map_or("gone".into(), |is| format!("{is:?}").to_lowercase())
+            );
+        }
+        Ok(after)
+    }
+
+    async fn handle(&self, id: &SessionId, input: &Input<'_>) -> Result<Option<Arc<Session>>, StoreError> {
+        let now = self.now();
+        self.change(id, |session| session.handle(now, input)).await
+    }
+
+    /// Removes a record. `unsure`: an instance may be left; reports of it will be answered with its end.
+    async fn forget(&self, id: &SessionId, unsure: bool) -> Result<(), StoreError> {
+        let mut ops = vec![Op::delete(key(id))];
+        if unsure {
+            let lease = self.store.grant(DAY).await?;
+            ops.push(Op::put_leased(format!("{ENDED}{id}"), "ended", lease));
+        }
+        self.store.transact(vec![], ops).await?;
+        self.index.remove(id);
+        self.asked().remove(id);
+        Ok(())
+    }
+
+    /// Ends a session. `force`: also when its agent cannot be reached. `sync`: wait until it has ended.
+    ///
+    /// # Errors
+    /// There is no such session, or it did not end in time.
+    pub async fn delete_session(&self, id: &SessionId, force: bool, sync: bool) -> Result<Deleted, ApiError> {
+        if self.find_session(id).await?.is_none() {
+            return Err(no_session(id));
+        }
+        let mut follower = self.index.follow(id);
+        let ending = Ending { message: "the session was ended by its owner".into(), force };
+        let Some(session) = self.handle(id, &Input::End(ending)).await.map_err(store_error)? else {
+            return Ok(Deleted::Done);
+        };
+        let over = |session: &Option<Arc<Session>>| {
+            session.as_ref().is_none_or(|session| session.status == SessionStatus::Terminated)
+        };
+        if force || sync {
+            if !self.end(&session).await && force {
+                self.forget(id, true).await.map_err(store_error)?;
+                tracing::warn!(session.id = %id, "session {id} was removed by force: its agent does not answer");
+                return Ok(Deleted::Done);
+            }
+        } else {
+            let (gateway, session) = (self.clone(), session.clone());
+            self.shutdown.spawn_until_stopped("end session", async move {
+                gateway.end(&session).await;
+            });
+        }
+        if !sync {
+            let done = over(&follower.borrow());
+            return Ok(if done { Deleted::Done } else { Deleted::UnderWay });
+        }
+        match tokio::time::timeout(SYNC_TIME, follower.wait_for(over)).await {
+            Ok(_) => Ok(Deleted::Done),
+            Err(_) => Err(ApiError::new(
+                http::StatusCode::INTERNAL_SERVER_ERROR,
+                "still-ending",
+                format!("session {id} did not end within {} s; it is still being ended", SYNC_TIME.as_secs()),
+            )),
+        }
+    }
+
+    /// Asks the agent to end a session once. Returns whether it answered.
+    async fn end(&self, session: &Session) -> bool {
+        let Some(ending) = &session.ending else { return true };
+        let request = AgentRequest::End {
+            session_id: session.id.clone(),
+            message: ending.message.clone(),
+            force: ending.force,
+        };
+        self.asked().insert(session.id.clone(), (Instant::now() + AGENT_TIME + FIRST_PAUSE, FIRST_PAUSE));
+        match self.ask(session, &request, AGENT_TIME).await {
+            Ok(AgentResponse::Ending { state: InstanceState::Gone }) => {
+                if let Err(error) = self.handle(&session.id, &Input::Gone).await {
+                    tracing::error!(session.id = %session.id, "noting the end of a session failed: {error}");
+                }
+                true
+            }
+            Ok(_) => true,
+            Err(Refused::Said { code, message }) => {
+                tracing::warn!(session.id = %session.id, code, "agent refused to end a session: {message}");
+                true
+            }
+            Err(Refused::Silent(reason)) => {
+                tracing::debug!(session.id = %session.id, "agent did not answer to an end: {reason}");
+                false
+            }
+        }
+    }
+
+    fn asked(&self) -> std::sync::MutexGuard<'_, HashMap<SessionId, (Instant, Duration)>> {
+        self.reconciler.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts everything that runs beside requests: reports, requests of agents, the watch, the reconciler.
+    ///
+    /// # Errors
+    /// Subscribing or watching fails.
+    pub async fn start_sessions(&self) -> Result<(), crate::StartError> {
+        let mut watch = self.store.watch(SESSIONS).await?;
+        // The first event is the state: no request is served before it is known.
+        if let Some(event) = watch.next().await {
+            self.index.fold(event);
+        }
+        let gateway = self.clone();
+        self.shutdown.spawn_until_stopped("watch sessions", async move {
+            while let Some(event) = watch.next().await {
+                gateway.index.fold(event);
+            }
+        });
+
+        let mut reports = self.bus.subscribe(&agents_report()).await?;
+        let gateway = self.clone();
+        self.shutdown.spawn_until_stopped("agent reports", async move {
+            while let Some(message) = reports.next().await {
+                match message.json::<AgentReport>() {
+                    Ok(report) => gateway.agents().report(Instant::now(), report),
+                    Err(error) => tracing::warn!("a report of an agent cannot be read: {error}"),
+                }
+            }
+        });
+
+        let mut reports = self.bus.queue_subscribe(&sessions_report(), GATEWAY_GROUP).await?;
+        let gateway = self.clone();
+        self.shutdown.spawn_until_stopped("session reports", async move {
+            while let Some(message) = reports.next().await {
+                match message.json::<SessionsReport>() {
+                    Ok(report) => gateway.take_report(report).await,
+                    Err(error) => tracing::warn!("a report of sessions cannot be read: {error}"),
+                }
+            }
+        });
+
+        let gateway = self.clone();
+        let serving = self
+            .bus
+            .serve_json(&gateway_sessions(), GATEWAY_GROUP, move |request: GatewayRequest| {
+                let gateway = gateway.clone();
+                async move { gateway.serve_agent(request).await }
+            })
+            .await?;
+        let gateway = self.clone();
+        self.shutdown.spawn_until_stopped("reconcile sessions", async move {
+            let _serving = serving;
+            let mut observing_since = gateway.now();
+            loop {
+                tokio::time::sleep(RECONCILE).await;
+                if !*gateway.bus.connected().borrow() {
+                    // While we see nothing, nothing is anybody's fault.
+                    observing_since = gateway.now();
+                    continue;
+                }
+                gateway.reconcile(observing_since).await;
+            }
+        });
+        Ok(())
+    }
+
+    async fn reconcile(&self, observing_since: i64) {
+        let pending = self.index.pending();
+        let now = Instant::now();
+        {
+            let ids: HashSet<&SessionId> = pending.iter().map(|session| &session.id).collect();
+            self.asked().retain(|id, (at, _)| ids.contains(id) || *at > now);
+        }
+        futures_util::stream::iter(pending)
+            .for_each_concurrent(CONCURRENT, |session| async move {
+                let tick = Input::Tick { observing_since };
+                if session.handle(self.now(), &tick) != Verdict::Keep
+                    && let Err(error) = self.handle(&session.id, &tick).await
+                {
+                    tracing::error!(session.id = %session.id, "writing a session failed: {error}");
+                }
+                if session.wants() == Want::Nothing || !self.is_due(&session.id, now) {
+                    return;
+                }
+                match session.wants() {
+                    Want::Nothing => {}
+                    Want::End => {
+                        self.end_again(&session).await;
+                    }
+                    Want::Accept => match self.accept(&session).await {
+                        Ok(_) => tracing::debug!(session.id = %session.id, "agent accepted again"),
+                        Err(Refused::Said { code, message }) => {
+                            tracing::warn!(session.id = %session.id, code, "agent refuses now: {message}");
+                            let note = |current: &Session| {
+                                let message = message.clone();
+                                Verdict::Put(Box::new(Session { message, ..current.clone() }))
+                            };
+                            if let Err(error) = self.change(&session.id, note).await {
+                                tracing::error!(session.id = %session.id, "writing a session failed: {error}");
+                            }
+                        }
+                        Err(Refused::Silent(reason)) => {
+                            tracing::debug!(session.id = %session.id, "agent did not accept again: {reason}");
+                        }
+                    },
+                }
+            })
+            .await;
+    }
+
+    async fn end_again(&self, session: &Session) {
+        // `end` resets the pause; the growing one is kept here.
+        let pause = self.asked().get(&session.id).copied();
+        self.end(session).await;
+        if let Some(pause) = pause {
+            self.asked().insert(session.id.clone(), pause);
+        }
+    }
+
+    /// Whether to ask about a session now; if so, plans the next time.
+    fn is_due(&self, id: &SessionId, now: Instant) -> bool {
+        let mut asked = self.asked();
+        let (at, pause) = asked.get(id).copied().unwrap_or((now, FIRST_PAUSE));
+        if at > now {
+            return false;
+        }
+        asked.insert(id.clone(), (now + pause, (pause * 2).min(LAST_PAUSE)));
+        true
+    }
+
+    /// Folds a report of an agent into the records.
+    async fn take_report(&self, report: SessionsReport) {
+        let reported: HashSet<&SessionId> =
+            report.sessions.iter().map(|session| &session.session_id).collect();
+        futures_util::stream::iter(&report.sessions)
+            .for_each_concurrent(CONCURRENT, |session| self.take_session(&report, session))
+            .await;
+        let now = Instant::now();
+        let mut vanished = Vec::new();
+        {
+            let mut missing = self.reconciler.missing.lock().unwrap_or_else(PoisonError::into_inner);
+            missing.retain(|id, _| !reported.contains(id));
+            if report.complete {
+                for session in self.index.all() {
+                    let of_this_agent =
+                        session.agent_id == report.agent_id && session.cluster_id == report.cluster_id;
+                    if !of_this_agent || reported.contains(&session.id) {
+                        continue;
+                    }
+                    let since = *missing.entry(session.id.clone()).or_insert(now);
+                    if now.saturating_duration_since(since) >= MISSING {
+                        vanished.push(session);
+                    }
+                }
+            }
+            if missing.len() > 100_000 {
+                missing.clear();
+            }
+        }
+        for session in vanished {
+            if session.handle(self.now(), &Input::Missing) == Verdict::Keep {
+                continue;
+            }
+            if let Err(error) = self.handle(&session.id, &Input::Missing).await {
+                tracing::error!(session.id = %session.id, "writing a session failed: {error}");
+            }
+        }
+    }
+
+    async fn take_session(&self, from: &SessionsReport, report: &SessionReport) {
+        let id = &report.session_id;
+        for step in &report.steps {
+            self.observer.funnel(&step.step, step.duration_ms);
+            tracing::info!(
+                session.id = %id,
+                generation = step.generation,
+                step = step.step,
+                duration_ms = step.duration_ms,
+                message = step.message.as_deref().unwrap_or_default(),
+                "session {id}: {} after {} ms",
+                step.step,
+                step.duration_ms
+            );
+        }
+        let lives = matches!(
+            report.state,
+            InstanceState::Launching | InstanceState::Starting | InstanceState::Running
+        );
+        let end = |message: &str| {
+            let end = AgentRequest::End { session_id: id.clone(), message: message.into(), force: true };
+            self.bus.publish_json(&agent_requests(&from.agent_id), &end);
+        };
+        let Some(session) = self.index.get(id) else {
+            // Only a session that is recorded as ended is ended: an unknown one may be a newer unit's.
+            if lives && matches!(self.store.get(&format!("{ENDED}{id}")).await, Ok(Some(_))) {
+                tracing::warn!(session.id = %id, agent.id = %from.agent_id, "ending what is left of session {id}");
+                end("the session has ended");
+            }
+            return;
+        };
+        if session.cluster_id != from.cluster_id {
+            if lives {
+                tracing::warn!(session.id = %id, agent.id = %from.agent_id, "session {id} runs in a second cluster");
+                end("the session runs elsewhere");
+            }
+            return;
+        }
+        // Several agents of a cluster may report the same session; its record follows one that lives.
+        let keeps = self.agents().is_alive(Instant::now(), &session.agent_id);
+        let agent_id = if keeps { &session.agent_id } else { &from.agent_id };
+        let input = Input::Report { agent_id, report };
+        if session.handle(self.now(), &input) == Verdict::Keep {
+            return;
+        }
+        if let Err(error) = self.handle(id, &input).await {
+            // The next report says it again.
+            tracing::error!(session.id = %id, "writing a session failed: {error}");
+        }
+    }
+
+    async fn serve_agent(&self, request: GatewayRequest) -> GatewayResponse {
+        let answer = match request {
+            GatewayRequest::CreateSession { .. } => self.create_for_ams(request).await,
+            GatewayRequest::EndSession { session_id } => {
+                let gone = async {
+                    self.handle(&session_id, &Input::Gone).await?;
+                    Ok(GatewayResponse::Ended)
+                };
+                gone.await
+            }
+        };
+        answer.unwrap_or_else(|error: StoreError| {
+            tracing::error!("a request of an agent failed: {}", fanlight_service::telemetry::chain(&error));
+            GatewayResponse::Refused { code: "internal".into(), message: "the gateway's store failed".into() }
+        })
+    }
+
+    async fn create_for_ams(&self, request: GatewayRequest) -> Result<GatewayResponse, StoreError> {
+        let GatewayRequest::CreateSession { agent_id, region, cluster_id, instance_id, app, screen } =
+            request
+        else {
+            return Ok(GatewayResponse::Ended);
+        };
+        let instance_key = format!("{INSTANCES}{instance_id}");
+        // Once more when another unit is answering the same request.
+        for _ in 0..8 {
+            let known = self.store.get_json::<InstanceSession>(&instance_key).await?;
+            if let Some(known) = &known
+                && let Some(record) = self.store.get_json::<Session>(&key(&known.value.session_id)).await?
+            {
+                let session = record.value;
+                return Ok(GatewayResponse::Created {
+                    session_id: session.id,
+                    joinable: session.joinable,
+                    idle_time_min: session.idle_time_min,
+                });
+            }
+            let session = Session {
+                id: SessionId::generate(),
+                origin: Origin::Ams,
+                account: String::new(),
+                app: app.clone(),
+                app_version: None,
+                region: region.clone(),
+                cluster_id: cluster_id.clone(),
+                agent_id: agent_id.clone(),
+                instance_id: Some(instance_id.clone()),
+                seen: false,
+                screen,
+                joinable: true,
+                ephemeral: true,
+                idle_time_min: 0,
+                extra_data: Value::Null,
+                attempt: 1,
+                status: SessionStatus::Created,
+                message: String::new(),
+                created_at: self.now(),
+                generation: 0,
+                used_generation: 0,
+                client: Client::Never,
+                ending: None,
+            };
+            let id = session.id.clone();
+            let compare = match &known {
+                Some(known) => Compare::revision(&instance_key, known.revision),
+                None => Compare::absent(&instance_key),
+            };
+            let link = InstanceSession { session_id: id.clone() };
+            let ops = vec![
+                Op::put(&instance_key, encode(&instance_key, &link)?),
+                Op::put(key(&id), encode(&key(&id), &session)?),
+            ];
+            match self.store.transact(vec![compare, Compare::absent(key(&id))], ops).await {
+                Ok(committed) => {
+                    self.index.put(session, committed.revision);
+                    tracing::info!(session.id = %id, instance.id = %instance_id, "session {id} was created for AMS");
+                    return Ok(GatewayResponse::Created { session_id: id, joinable: true, idle_time_min: 0 });
+                }
+                Err(StoreError::Conflict) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Err(StoreError::Conflict)
+    }
+}
+
+/// Why an agent did not do what it was asked.
+enum Refused {
+    /// It said no.
+    Said { code: String, message: String },
+    /// It did not answer, or not what was asked.
+    Silent(String),
+}
+
+/// ICE servers that browsers take: one bad entry makes clients of the original hang (signaling section 3).
+fn usable(servers: Vec<StunServer>) -> Vec<StunServer> {
+    let known =
+        |url: &String| ["stun:", "stuns:", "turn:", "turns:"].iter().any(|scheme| url.starts_with(scheme));
+    servers
+        .into_iter()
+        .filter(|server| {
+            let needs_credentials = server.urls.iter().any(|url| url.starts_with("turn"));
+            let has_credentials = server.username.is_some() && server.password.is_some();
+            let usable = !server.urls.is_empty()
+                && server.urls.iter().all(known)
+                && (has_credentials || !needs_credentials);
+            if !usable {
+                tracing::warn!(
+                    "an ICE server of the agent is not usable and was left out: {:?}",
+                    server.urls
+                );
+            }
+            usable
+        })
+        .collect()
+}
