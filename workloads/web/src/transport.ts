@@ -214,7 +214,8 @@ export class Transport extends Emitter<TransportEvents> {
         this.#reachIce();
         break;
       case "disconnected":
-        if (this.#grace !== undefined) break;
+        // Before the first connection this is only a step on the way to `failed`.
+        if (this.#grace !== undefined || this.#reached === "new") break;
         this.emit("flowing", false);
         this.#grace = setTimeout(
           () => this.#lose(new StreamError("ice", "no packets came from the instance any more")),
