@@ -62,7 +62,7 @@ export function player(options: PlayerOptions): View {
   const state = h("span", { class: "state", data: { state: "connecting" } }, "Connecting");
   const layout = h("select", { title: "Keyboard layout of the application" });
   for (const [name, title] of LAYOUTS) layout.append(h("option", { value: name }, title));
-  const lock = button("Capture mouse", "button quiet", () => lockPointer());
+  const lock = button("Capture mouse", "button quiet mouse-only", () => lockPointer());
   const mute = button("Mute", "button quiet", () => toggleSound());
   const typing = button("Type", "button quiet touch-only", () => keys.focus(), "Open the on-screen keyboard");
   const full = button("Full screen", "button quiet", () => toggleFullScreen());
