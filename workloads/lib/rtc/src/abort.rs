@@ -188,7 +188,8 @@ mod tests {
 
     #[test]
     fn an_abort_names_the_association_and_the_cause() {
-        let association = Association { source_port: 5000, destination_port: 5001, verification_tag: 0xdead_beef };
+        let association =
+            Association { source_port: 5000, destination_port: 5001, verification_tag: 0xdead_beef };
         let packet = abort_packet(association);
         assert_eq!(association_of(&packet), Some(association));
         assert_eq!(packet.len() % 4, 0);

@@ -16,7 +16,7 @@ use str0m::format::{Codec, FormatParams};
 use str0m::media::{Direction, Frequency, MediaKind as StrMediaKind, MediaTime, Mid, Pt};
 use str0m::net::{Protocol, Receive};
 use str0m::rtp::{AbsCaptureTime, Extension, ExtensionMap};
-use str0m::{IceConnectionState, Input, Rtc, RtcConfig};
+use str0m::{IceConnectionState, Input, Reason, Rtc, RtcConfig};
 
 use crate::abort;
 use crate::config::{
@@ -27,10 +27,19 @@ use crate::config::{
 ///
 /// Until then the 50 kbit/s of padding repeats recent packets, which repairs a lost last packet of a frame that no
 /// later packet would reveal.
-const QUIET_AFTER: Duration = Duration::from_secs(2);
+const QUIET_AFTER: Duration = Duration::from_secs(1);
 /// Video must flow for this long after a quiet time before bandwidth is probed again, so that single updates of an
 /// otherwise still screen cost no probe bursts.
 const PROBE_AFTER: Duration = Duration::from_secs(1);
+/// A longer gap than this between pictures is no flow.
+const FLOW_GAP: Duration = Duration::from_millis(150);
+/// While quiet, the congestion control's own timer (some 40 per second) is served only so often.
+const QUIET_STEP: Duration = Duration::from_millis(200);
+/// A connection from which nothing comes for this long counts as lost. Browsers check at least every 2.5 s and call
+/// it lost after about as long.
+const LOST_AFTER: Duration = Duration::from_secs(7);
+/// Connectivity checks without an answer before str0m forgets a pair: more than [`RETURN_WITHIN`] takes, at 3 s each.
+const CHECKS: usize = 16;
 /// How long ICE may take from the remote description to a connection. Browsers give up earlier.
 const CONNECT_WITHIN: Duration = Duration::from_secs(30);
 /// How long a lost connection is kept for its return.
@@ -314,7 +323,7 @@ enum Phase {
 enum Probing {
     /// As the desired bitrate says.
     Active,
-    /// Video came back; probing waits until it has flowed for a while.
+    /// Video came back; probing waits until it has flowed without a gap since then for a while.
     Waking { since: Instant },
     /// Nothing is sent beyond media and keepalives.
     Quiet,
@@ -348,6 +357,8 @@ pub struct Peer {
     last_video_ticks: u64,
     last_audio_ticks: u64,
     last_video: Instant,
+    /// When the client was last heard.
+    last_heard: Instant,
     probing: Probing,
     desired_bps: u64,
     errors: u32,
@@ -357,7 +368,10 @@ pub struct Peer {
 impl std::fmt::Debug for Peer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         // Keys, credentials and addresses live in the transport; none of it is printed.
-        f.debug_struct("Peer").field("role", &self.config.role).field("phase", &self.phase).finish_non_exhaustive()
+        f.debug_struct("Peer")
+            .field("role", &self.config.role)
+            .field("phase", &self.phase)
+            .finish_non_exhaustive()
     }
 }
 
@@ -404,6 +418,7 @@ impl Peer {
             last_video_ticks: 0,
             last_audio_ticks: 0,
             last_video: now,
+            last_heard: now,
             probing: Probing::Active,
             errors: 0,
         })
@@ -505,8 +520,9 @@ impl Peer {
             }
         };
         // Which section is which follows from the direction the client gave it, seen from our side.
-        for section in sections(&answer.to_sdp_string()) {
-            let mid = Mid::from(section.mid.as_str());
+        let text = answer.to_sdp_string();
+        for mid in section_mids(&text) {
+            let mid = Mid::from(mid);
             let Some(media) = self.rtc.media(mid) else { continue };
             match (media.kind(), media.direction()) {
                 (_, Direction::Inactive) => {}
@@ -515,7 +531,6 @@ impl Peer {
                 (StrMediaKind::Video, _) => self.video = self.video.or(Some(mid)),
             }
         }
-        let text = answer.to_sdp_string();
         self.note_local_candidates(&text);
         self.described();
         Ok(text)
@@ -586,7 +601,13 @@ impl Peer {
     ///
     /// `destination` is the socket's own address; behind a port forward, where it is none of the announced ones,
     /// the first announced address of the same family stands for it.
-    pub fn handle_datagram(&mut self, now: Instant, source: SocketAddr, destination: SocketAddr, data: &[u8]) {
+    pub fn handle_datagram(
+        &mut self,
+        now: Instant,
+        source: SocketAddr,
+        destination: SocketAddr,
+        data: &[u8],
+    ) {
         self.advance(now);
         if self.phase == Phase::Ended {
             return;
@@ -594,13 +615,22 @@ impl Peer {
         let now = self.now;
         let destination = self.announced(destination);
         let taken = self.guard("a datagram", |rtc| {
-            let receive = Receive::new(Protocol::Udp, source, destination, data).map_err(|e| e.to_string())?;
-            rtc.handle_input(Input::Receive(now, receive)).map_err(|e| e.to_string())
+            let receive =
+                Receive::new(Protocol::Udp, source, destination, data).map_err(|e| e.to_string())?;
+            let input = Input::Receive(now, receive);
+            if !rtc.accepts(&input) {
+                return Err("from somebody else".into());
+            }
+            rtc.handle_input(input).map_err(|e| e.to_string())
         });
-        if let Ok(Err(reason)) = taken {
+        match taken {
+            Ok(Ok(())) => self.heard(),
             // Anybody can send anything to the port; that must not end a connection.
-            self.stats.datagrams_refused += 1;
-            tracing::trace!(bytes = data.len(), reason, "datagram refused");
+            Ok(Err(reason)) => {
+                self.stats.datagrams_refused += 1;
+                tracing::trace!(bytes = data.len(), reason, "datagram refused");
+            }
+            Err(_) => {}
         }
         self.pump();
     }
@@ -862,13 +892,13 @@ impl Peer {
     }
 
     fn note_local_candidates(&mut self, sdp: &str) {
-        let Some(first) = sections(sdp).into_iter().next() else { return };
+        let Some(first) = section_mids(sdp).next() else { return };
         self.local = sdp
             .lines()
             .filter_map(|line| line.strip_prefix("a=candidate:"))
             .map(|rest| Candidate {
                 candidate: format!("candidate:{}", rest.trim_end()),
-                mid: first.mid.clone(),
+                mid: first.to_owned(),
                 index: 0,
             })
             .collect();
@@ -888,6 +918,10 @@ impl Peer {
                 let reason = format!("the client was gone for {} s", RETURN_WITHIN.as_secs());
                 self.finish(Some(Event::Failed { reason }));
                 return;
+            }
+            Phase::Connected if self.now >= self.last_heard + LOST_AFTER => {
+                self.phase = Phase::Lost { until: self.now + RETURN_WITHIN };
+                self.event(Event::Ice(IceState::Disconnected));
             }
             _ => {}
         }
@@ -912,6 +946,7 @@ impl Peer {
 
     /// Ends a quiet time because a picture is about to be sent.
     fn wake(&mut self, mid: Mid) {
+        let gap = self.now.saturating_duration_since(self.last_video);
         match self.probing {
             Probing::Quiet => {
                 self.probing = Probing::Waking { since: self.now };
@@ -922,6 +957,7 @@ impl Peer {
                 });
                 self.pump();
             }
+            Probing::Waking { .. } if gap > FLOW_GAP => self.probing = Probing::Waking { since: self.now },
             Probing::Waking { since } if self.now >= since + PROBE_AFTER => {
                 self.probing = Probing::Active;
                 self.apply_desired();
@@ -945,14 +981,25 @@ impl Peer {
 
     fn next_deadline(&self) -> Instant {
         let mut next = self.deadline;
+        // Feedback on a client's own media must be prompt, so it keeps the exact timer.
+        let receives = self.config.microphone || self.config.camera;
+        if self.probing == Probing::Quiet
+            && !receives
+            && self.rtc.last_timeout_reason() == Reason::BweDelayControl
+        {
+            next = next.max(self.now + QUIET_STEP);
+        }
         match self.phase {
             // A far instant: the owner may sleep as long as it likes.
             Phase::Ended => return self.now + Duration::from_secs(3600),
             Phase::Connecting { until } | Phase::Lost { until } => next = next.min(until),
-            Phase::Connected if self.video.is_some() && self.probing != Probing::Quiet => {
-                next = next.min(self.last_video + QUIET_AFTER);
+            Phase::Connected => {
+                next = next.min(self.last_heard + LOST_AFTER);
+                if self.video.is_some() && self.probing != Probing::Quiet {
+                    next = next.min(self.last_video + QUIET_AFTER);
+                }
             }
-            _ => {}
+            Phase::Describing => {}
         }
         next.max(self.now)
     }
@@ -966,7 +1013,8 @@ impl Peer {
         // Every round hands the transport the present; more rounds than these mean it wants the past.
         for _ in 0..64 {
             loop {
-                let polled = self.guard("polling", |rtc| rtc.poll_output().map_err(|error| error.to_string()));
+                let polled =
+                    self.guard("polling", |rtc| rtc.poll_output().map_err(|error| error.to_string()));
                 match polled {
                     Err(_) => return,
                     Ok(Err(reason)) => {
@@ -1014,6 +1062,7 @@ impl Peer {
             Str::Connected => {
                 self.phase = Phase::Connected;
                 self.last_video = self.now;
+                self.last_heard = self.now;
                 self.event(Event::Connected);
             }
             Str::IceConnectionStateChange(state) => self.ice_changed(state),
@@ -1084,15 +1133,19 @@ impl Peer {
             IceConnectionState::Connected | IceConnectionState::Completed => IceState::Connected,
             IceConnectionState::Disconnected => IceState::Disconnected,
         };
-        match (state, self.phase) {
-            (IceState::Disconnected, Phase::Connected) => {
-                self.phase = Phase::Lost { until: self.now + RETURN_WITHIN };
-            }
-            // DTLS was up before the loss, so the return of ICE is the return of everything.
-            (IceState::Connected, Phase::Lost { .. }) => self.phase = Phase::Connected,
-            _ => {}
+        // Loss and return are told by what is heard; see `tick` and `heard`.
+        if matches!(self.phase, Phase::Describing | Phase::Connecting { .. }) {
+            self.event(Event::Ice(state));
         }
-        self.event(Event::Ice(state));
+    }
+
+    /// Something authentic came from the client.
+    fn heard(&mut self) {
+        self.last_heard = self.now;
+        if matches!(self.phase, Phase::Lost { .. }) {
+            self.phase = Phase::Connected;
+            self.event(Event::Ice(IceState::Connected));
+        }
     }
 
     fn channel_opened(&mut self, id: ChannelId, label: String) {
@@ -1136,17 +1189,9 @@ fn codec_of(codec: Codec) -> Option<VideoCodec> {
     }
 }
 
-/// One `m=` section of a description.
-struct Section {
-    mid: String,
-}
-
-/// The sections of a description that have a mid, in order.
-fn sections(sdp: &str) -> Vec<Section> {
-    sdp.lines()
-        .filter_map(|line| line.strip_prefix("a=mid:"))
-        .map(|mid| Section { mid: mid.trim().to_owned() })
-        .collect()
+/// The identifiers of a description's sections, in order.
+fn section_mids(sdp: &str) -> impl Iterator<Item = &str> {
+    sdp.lines().filter_map(|line| line.strip_prefix("a=mid:")).map(str::trim)
 }
 
 fn rtc_config(config: &PeerConfig) -> RtcConfig {
@@ -1169,6 +1214,7 @@ fn rtc_config(config: &PeerConfig) -> RtcConfig {
         .set_sctp_max_buffered_amount(CHANNEL_BUFFER)
         .set_sctp_max_message_size(MAX_MESSAGE_BYTES as u32)
         .enable_bwe(Some(Bitrate::bps(config.start_bitrate_bps)));
+    rtc.set_max_stun_retransmits(CHECKS);
 
     let codecs = rtc.codec_config();
     codecs.add_config(
