@@ -181,6 +181,20 @@ impl Endpoint {
         self.send(method, path, request, TRANSFER_TIMEOUT).await
     }
 
+    /// A request as it is, and the answer as it comes: for what the typed clients do not have.
+    ///
+    /// # Errors
+    /// The server cannot be reached or does not answer; a refusal is an answer.
+    pub async fn raw(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&serde_json::Value>,
+    ) -> Result<(StatusCode, Bytes), ClientError> {
+        let answer = self.json(method, path, &[], HeaderMap::new(), body).await?;
+        Ok((answer.status, answer.body))
+    }
+
     async fn send(
         &self,
         method: Method,

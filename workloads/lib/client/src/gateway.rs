@@ -243,7 +243,7 @@ pub(crate) fn segment(name: &str) -> Result<&str, ClientError> {
     Ok(name)
 }
 
-fn decode<T: DeserializeOwned>(answer: Answer) -> Result<T, ClientError> {
+pub(crate) fn decode<T: DeserializeOwned>(answer: Answer) -> Result<T, ClientError> {
     let Answer { status, body, about } = answer;
     if !status.is_success() {
         return Err(about.refused(status, &body));

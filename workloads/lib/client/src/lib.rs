@@ -4,6 +4,7 @@
 //! text of the server. What an answer means is decided by the caller: nothing here is repeated by itself,
 //! except the events of AMS, which are looked for until they come again.
 
+mod agent;
 mod ams;
 mod endpoint;
 mod error;
@@ -11,6 +12,7 @@ mod events;
 mod gateway;
 mod tls;
 
+pub use agent::AgentClient;
 pub use ams::AmsClient;
 pub use endpoint::{Endpoint, WebSocket};
 pub use error::ClientError;
