@@ -32,7 +32,7 @@ interface StepWords {
 export const STEP_WORDS: Record<Step, StepWords> = {
   created: {
     doing: "Asking for a session",
-    failed: "The session could not be created",
+    failed: "The session could not be opened",
     advice: "Look at the message above; if the gateway does not answer, check that Fanlight runs.",
   },
   socket: {
