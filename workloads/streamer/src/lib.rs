@@ -1,2 +1,20 @@
+//! The program inside every instance: it is the display of the application, encodes what it shows, and speaks
+//! with the client.
+//!
+//! [`compositor`] is the display, [`encode`] makes coded pictures of it, `media` owns the one UDP port and the
+//! peer, `session` decides who may have the stream and when nobody is left, `audio` and `app` look after the
+//! sound server and the application, `agent` keeps the way to the rest of Fanlight, and [`run`] puts them
+//! together. What an instance may see of its host, and who starts it, is left to the instance engine.
+
+mod agent;
+mod app;
+mod audio;
 pub mod compositor;
 pub mod encode;
+pub mod guest;
+mod media;
+mod notify;
+mod run;
+mod session;
+
+pub use run::run;

@@ -1,1 +1,65 @@
-fn main() {}
+//! `fanlight-streamer`: the thin main of the program inside every instance.
+
+use std::{io::IsTerminal as _, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+use fanlight_api::guest::EXIT_BAD_GUEST;
+use tracing_subscriber::EnvFilter;
+
+/// The display, encoder and WebRTC peer of one instance.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Runs an instance; its guest file (JSON) is read from standard input.
+    Run,
+}
+
+fn main() -> ExitCode {
+    // First of all: the application has the same user id and must not read our memory or environment.
+    let hidden = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            EnvFilter::try_from_env("FANLIGHT_LOG")
+                .unwrap_or_else(|_| EnvFilter::new("info,str0m=warn,smithay=warn")),
+        )
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .init();
+    if let Err(error) = hidden {
+        tracing::warn!(%error, "the application might read the streamer's memory");
+    }
+    let Arguments { command: Command::Run } = Arguments::parse();
+    let guest = match fanlight_streamer::guest::read(std::io::stdin().lock()) {
+        Ok(guest) => guest,
+        Err(error) => {
+            tracing::error!("{:#}", anyhow::Error::from(error));
+            return exit(EXIT_BAD_GUEST);
+        }
+    };
+    close_stdin();
+    // There is one provider in the program; a second installation would only say so.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    exit(fanlight_streamer::run(guest))
+}
+
+fn exit(status: i32) -> ExitCode {
+    ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX))
+}
+
+/// Nothing more comes from there, and whoever holds the other end may close it.
+fn close_stdin() {
+    match std::fs::File::open("/dev/null") {
+        Ok(null) => {
+            if let Err(error) = rustix::stdio::dup2_stdin(null) {
+                tracing::warn!(%error, "standard input stays open");
+            }
+        }
+        Err(error) => tracing::warn!(%error, "standard input stays open"),
+    }
+}
