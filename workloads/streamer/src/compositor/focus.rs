@@ -5,7 +5,7 @@ use std::borrow::Cow;
 
 use smithay::{
     backend::input::KeyState,
-    desktop::{PopupKind, Window},
+    desktop::PopupKind,
     input::{
         Seat,
         keyboard::{KeyboardTarget, KeysymHandle, ModifiersState},
@@ -16,7 +16,7 @@ use smithay::{
     xwayland::X11Surface,
 };
 
-use super::state::State;
+use super::{state::State, window::Window};
 
 /// A target of the keyboard.
 #[derive(Clone, Debug)]
@@ -28,8 +28,8 @@ pub struct Focus {
 impl Focus {
     /// The focus for `window`, once it has a surface.
     pub fn of(window: &Window) -> Option<Self> {
-        let surface = window.wl_surface()?.into_owned();
-        Some(Self { surface, x11: window.x11_surface().cloned() })
+        let surface = window.surface()?.into_owned();
+        Some(Self { surface, x11: window.x11().cloned() })
     }
 
     /// The X11 window, if it is one.
@@ -68,18 +68,30 @@ impl WaylandFocus for Focus {
     }
 }
 
+impl Focus {
+    /// The X11 window, and whether it passes events on to its surface by itself: it does where it knows it.
+    fn x11_with_surface(&self) -> Option<(&X11Surface, bool)> {
+        self.x11.as_ref().map(|x11| (x11, x11.wl_surface().is_some()))
+    }
+}
+
 impl KeyboardTarget<State> for Focus {
     fn enter(&self, seat: &Seat<State>, state: &mut State, keys: Vec<KeysymHandle<'_>>, serial: Serial) {
-        match &self.x11 {
-            Some(window) => KeyboardTarget::enter(window, seat, state, keys, serial),
-            None => KeyboardTarget::enter(&self.surface, seat, state, keys, serial),
+        match self.x11_with_surface() {
+            Some((x11, true)) => return KeyboardTarget::enter(x11, seat, state, keys, serial),
+            Some((x11, false)) => KeyboardTarget::enter(x11, seat, state, Vec::new(), serial),
+            None => {}
         }
+        KeyboardTarget::enter(&self.surface, seat, state, keys, serial);
     }
 
     fn leave(&self, seat: &Seat<State>, state: &mut State, serial: Serial) {
-        match &self.x11 {
-            Some(window) => KeyboardTarget::leave(window, seat, state, serial),
-            None => KeyboardTarget::leave(&self.surface, seat, state, serial),
+        let passed_on = self.x11_with_surface().is_some_and(|(x11, passes_on)| {
+            KeyboardTarget::leave(x11, seat, state, serial);
+            passes_on
+        });
+        if !passed_on {
+            KeyboardTarget::leave(&self.surface, seat, state, serial);
         }
     }
 
@@ -92,16 +104,16 @@ impl KeyboardTarget<State> for Focus {
         serial: Serial,
         time: u32,
     ) {
-        match &self.x11 {
-            Some(window) => KeyboardTarget::key(window, seat, state, key, pressed, serial, time),
-            None => KeyboardTarget::key(&self.surface, seat, state, key, pressed, serial, time),
+        match self.x11_with_surface() {
+            Some((x11, true)) => KeyboardTarget::key(x11, seat, state, key, pressed, serial, time),
+            _ => KeyboardTarget::key(&self.surface, seat, state, key, pressed, serial, time),
         }
     }
 
     fn modifiers(&self, seat: &Seat<State>, state: &mut State, modifiers: ModifiersState, serial: Serial) {
-        match &self.x11 {
-            Some(window) => KeyboardTarget::modifiers(window, seat, state, modifiers, serial),
-            None => KeyboardTarget::modifiers(&self.surface, seat, state, modifiers, serial),
+        match self.x11_with_surface() {
+            Some((x11, true)) => KeyboardTarget::modifiers(x11, seat, state, modifiers, serial),
+            _ => KeyboardTarget::modifiers(&self.surface, seat, state, modifiers, serial),
         }
     }
 }

@@ -10,7 +10,7 @@ use smithay::{
     delegate_relative_pointer, delegate_seat, delegate_shm, delegate_single_pixel_buffer,
     delegate_viewporter, delegate_xdg_activation, delegate_xdg_decoration, delegate_xdg_shell,
     desktop::{
-        PopupKeyboardGrab, PopupKind, PopupPointerGrab, PopupUngrabStrategy, Window, find_popup_root_surface,
+        PopupKeyboardGrab, PopupKind, PopupPointerGrab, PopupUngrabStrategy, find_popup_root_surface,
         get_popup_toplevel_coords,
     },
     input::{
@@ -68,6 +68,7 @@ use super::{
     cursor,
     focus::Focus,
     state::{ClientState, State},
+    window::Window,
 };
 
 /// Coordinates of clients beyond this make no sense on any output; within it no sum of a few can overflow.
@@ -91,7 +92,7 @@ impl CompositorHandler for State {
     }
 
     fn commit(&mut self, surface: &WlSurface) {
-        if self.is_flood(surface) {
+        if self.is_flood() {
             if let Some(client) = surface.client() {
                 warn!("a Wayland client sends faster than it can be served and is disconnected");
                 self.display.backend_handle().kill_client(client.id(), DisconnectReason::ConnectionClosed);
@@ -207,7 +208,7 @@ impl XdgShellHandler for State {
     fn new_toplevel(&mut self, toplevel: ToplevelSurface) {
         // Configured with its first commit, when its parent and limits are known.
         toplevel.with_pending_state(|pending| pending.decoration_mode = Some(DecorationMode::ServerSide));
-        self.unmapped.push(Window::new_wayland_window(toplevel));
+        self.unmapped.push(Window::new_wayland(toplevel));
     }
 
     fn toplevel_destroyed(&mut self, toplevel: ToplevelSurface) {

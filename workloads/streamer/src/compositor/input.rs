@@ -3,7 +3,7 @@
 //! What is held is remembered here, so that repetitions of the viewer's keyboard do not reach clients (which repeat by
 //! themselves) and everything can be released when the viewer goes.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use smithay::{
     backend::input::{Axis, AxisSource, ButtonState, KeyState, Keycode, TouchSlot},
@@ -66,7 +66,8 @@ pub enum Input {
 pub struct Held {
     keys: BTreeSet<u32>,
     buttons: BTreeSet<u32>,
-    touches: BTreeSet<u32>,
+    /// Where fingers are.
+    touches: BTreeMap<u32, Point<f64, Logical>>,
     /// The last absolute position, to tell movement from it while a client has locked the pointer.
     position: Option<Point<f64, Logical>>,
 }
@@ -259,10 +260,11 @@ impl State {
     }
 
     fn touch_down(&mut self, slot: u32, point: Point<f64, Logical>) {
-        if self.held.touches.len() >= TOUCHES || !self.held.touches.insert(slot) {
+        if self.held.touches.len() >= TOUCHES || self.held.touches.contains_key(&slot) {
             return;
         }
         let location = layout::clamp_to_output(point, self.size);
+        self.held.touches.insert(slot, location);
         let touch = self.touch();
         if !touch.is_grabbed() {
             self.focus_under(location);
@@ -279,10 +281,9 @@ impl State {
     }
 
     fn touch_motion(&mut self, slot: u32, point: Point<f64, Logical>) {
-        if !self.held.touches.contains(&slot) {
-            return;
-        }
         let location = layout::clamp_to_output(point, self.size);
+        let Some(held) = self.held.touches.get_mut(&slot) else { return };
+        *held = location;
         let under = self.under(location).map(|(_, surface, at)| (surface, at));
         let touch = self.touch();
         let event = TouchMotionEvent { slot: Some(slot).into(), location, time: self.now_ms() };
@@ -291,7 +292,7 @@ impl State {
     }
 
     fn touch_up(&mut self, slot: u32) {
-        if self.held.touches.remove(&slot) {
+        if self.held.touches.remove(&slot).is_some() {
             let touch = self.touch();
             let slot: TouchSlot = Some(slot).into();
             touch.up(self, &UpEvent { slot, serial: SERIAL_COUNTER.next_serial(), time: self.now_ms() });
@@ -300,8 +301,15 @@ impl State {
     }
 
     fn touch_cancel(&mut self) {
-        if !std::mem::take(&mut self.held.touches).is_empty() {
-            self.touch().cancel(self);
+        let held = std::mem::take(&mut self.held.touches);
+        let (touch, time) = (self.touch(), self.now_ms());
+        for (slot, location) in &held {
+            // smithay cancels only what it was told since the last frame; a finger that rests is told again.
+            let event = TouchMotionEvent { slot: Some(*slot).into(), location: *location, time };
+            touch.motion(self, None, &event);
+        }
+        if !held.is_empty() {
+            touch.cancel(self);
         }
     }
 

@@ -42,6 +42,7 @@ mod picture;
 mod screen;
 mod stack;
 mod state;
+mod window;
 mod x11;
 
 use self::state::State;
@@ -295,10 +296,7 @@ fn run(
         let sleep = state.clock.deadline(now).map(|at| at.saturating_duration_since(now));
         event_loop.dispatch(sleep, &mut state)?;
         if std::mem::take(&mut state.readable) {
-            state.begin_turn();
-            if let Err(error) = display.dispatch_clients(&mut state) {
-                warn!(%error, "requests of Wayland clients could not be read");
-            }
+            state.serve_clients(&mut display);
         }
         state.settle();
         if let Err(error) = display.flush_clients() {
@@ -306,7 +304,7 @@ fn run(
         }
     }
     state.release_all();
-    state.stop_x11();
+    state.stop_x11(&mut display);
     Ok(())
 }
 

@@ -4,6 +4,8 @@
 //! does what follows from it once per turn of the loop.
 
 use std::{
+    io,
+    panic::AssertUnwindSafe,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -13,13 +15,11 @@ use std::{
 
 use smithay::{
     backend::renderer::{
-        element::{AsRenderElements, Kind, surface::render_elements_from_surface_tree},
+        element::{Kind, surface::render_elements_from_surface_tree},
         pixman::PixmanRenderer,
-        utils::with_renderer_surface_state,
     },
     desktop::{
-        PopupManager, Window, WindowSurfaceType,
-        space::SpaceElement,
+        PopupManager,
         utils::{OutputPresentationFeedback, send_frames_surface_tree},
     },
     input::{Seat, SeatState, keyboard::XkbConfig, pointer::MotionEvent},
@@ -31,12 +31,12 @@ use smithay::{
             xdg::shell::server::xdg_toplevel::State as ToplevelState,
         },
         wayland_server::{
-            DisplayHandle, Resource,
+            Display, DisplayHandle,
             backend::{ClientData, ClientId, DisconnectReason},
             protocol::wl_surface::WlSurface,
         },
     },
-    utils::{Clock, IsAlive, Logical, Monotonic, Point, Rectangle, SERIAL_COUNTER, Scale, Size, Transform},
+    utils::{Clock, IsAlive, Logical, Monotonic, Point, Rectangle, SERIAL_COUNTER, Size, Transform},
     wayland::{
         compositor::{CompositorClientState, CompositorState},
         cursor_shape::CursorShapeManagerState,
@@ -45,7 +45,6 @@ use smithay::{
         pointer_constraints::PointerConstraintsState,
         presentation::{PresentationState, Refresh},
         relative_pointer::RelativePointerManagerState,
-        seat::WaylandFocus,
         selection::{data_device::DataDeviceState, primary_selection::PrimarySelectionState},
         shell::xdg::{SurfaceCachedState, XdgShellState, decoration::XdgDecorationState},
         shm::ShmState,
@@ -56,7 +55,7 @@ use smithay::{
     },
     xwayland::xwm::WmWindowType,
 };
-use tracing::{debug, warn};
+use tracing::{debug, error, warn};
 
 use super::{
     Event, Frame, StartError,
@@ -67,6 +66,7 @@ use super::{
     layout::{self, Hints, Role},
     screen::{Element, Screen},
     stack::Stack,
+    window::Window,
     x11::Xwayland,
 };
 
@@ -75,8 +75,8 @@ const REPEAT_DELAY_MS: i32 = 400;
 /// Repetitions a second.
 const REPEAT_RATE: i32 = 30;
 
-/// Commits of one client in one turn of the loop, and how long the turn may take with them, before the client is
-/// taken for hostile: it writes faster than it is served and nobody else would ever have a turn again.
+/// Commits of one client in one turn, and how long the turn may take with them, before the client is taken for
+/// hostile: it writes faster than it is served and nobody else would ever have a turn again.
 const FLOOD_COMMITS: u32 = 2_000;
 const FLOOD_TIME: Duration = Duration::from_millis(500);
 
@@ -141,10 +141,9 @@ pub(super) struct State {
     turn: Turn,
 }
 
-/// One turn of the loop, as seen by the guard against floods.
+/// The turn of one client, as seen by the guard against floods.
 struct Turn {
     started: Instant,
-    client: Option<ClientId>,
     commits: u32,
 }
 
@@ -244,7 +243,7 @@ impl State {
             x11: None,
             clients: Arc::default(),
             told_clients: (0, 0),
-            turn: Turn { started: Instant::now(), client: None, commits: 0 },
+            turn: Turn { started: Instant::now(), commits: 0 },
             display,
             handle,
             events,
@@ -277,20 +276,30 @@ impl State {
 
     // ---- turns of the loop ----
 
-    /// A turn begins: whatever the clients have sent is read now.
-    pub fn begin_turn(&mut self) {
-        self.turn = Turn { started: Instant::now(), client: None, commits: 0 };
+    /// Reads what the clients have sent. One that makes the handling panic is disconnected; the others go on.
+    pub fn serve_clients(&mut self, display: &mut Display<State>) {
+        let mut clients = Vec::new();
+        display.handle().backend_handle().with_all_clients(|client| clients.push(client));
+        for client in clients {
+            self.turn = Turn { started: Instant::now(), commits: 0 };
+            let mut serve = |state: &mut State| {
+                let served =
+                    AssertUnwindSafe(|| display.backend().dispatch_single_client(state, client.clone()));
+                // What goes wrong between a client and us ends that client by itself.
+                std::panic::catch_unwind(served).map(|_: io::Result<usize>| ()).is_ok()
+            };
+            if !serve(self) {
+                error!("handling a Wayland client panicked; it is disconnected");
+                self.display.backend_handle().kill_client(client.clone(), DisconnectReason::ConnectionClosed);
+                // Its objects are destroyed now, under the same guard.
+                serve(self);
+            }
+        }
     }
 
-    /// Counts a commit by `surface`'s client; whether the client has to be cut off because it floods.
-    pub fn is_flood(&mut self, surface: &WlSurface) -> bool {
-        let client = surface.client().map(|client| client.id());
-        if self.turn.client == client {
-            self.turn.commits += 1;
-        } else {
-            self.turn.client = client;
-            self.turn.commits = 1;
-        }
+    /// Counts a commit of the client that is being served; whether it floods and has to be cut off.
+    pub fn is_flood(&mut self) -> bool {
+        self.turn.commits += 1;
         self.turn.commits > FLOOD_COMMITS && self.turn.started.elapsed() > FLOOD_TIME
     }
 
@@ -298,6 +307,7 @@ impl State {
     pub fn settle(&mut self) {
         self.popups.cleanup();
         self.forget_dead_windows();
+        self.match_x11();
         if std::mem::take(&mut self.arranged) {
             self.refresh_outputs();
             self.refresh_pointer();
@@ -353,22 +363,15 @@ impl State {
 
     /// All that is visible, front to back.
     fn elements(&mut self) -> Vec<Element> {
-        let scale = Scale::from(1.0);
         let mut elements = Vec::new();
         for entry in self.windows.iter().rev() {
-            let at = (entry.location - entry.item.geometry().loc).to_physical_precise_round(scale);
-            elements.extend(entry.item.render_elements::<Element>(&mut self.renderer, at, scale, 1.0));
+            let at = (entry.location - entry.item.geometry().loc).to_physical(1);
+            elements.extend(entry.item.elements(&mut self.renderer, at));
         }
         if let Some(icon) = self.drag_icon.as_ref().filter(|icon| icon.alive()) {
             let at = self.pointer().current_location().to_i32_round::<i32>().to_physical(1);
-            let dragged = render_elements_from_surface_tree(
-                &mut self.renderer,
-                icon,
-                at,
-                scale,
-                1.0,
-                Kind::Unspecified,
-            );
+            let dragged =
+                render_elements_from_surface_tree(&mut self.renderer, icon, at, 1.0, 1.0, Kind::Unspecified);
             elements.splice(0..0, dragged);
         }
         elements
@@ -378,7 +381,7 @@ impl State {
         let time = Duration::from(self.time.now());
         let everywhere = |_: &WlSurface, _: &_| Some(self.output.clone());
         for window in self.windows.items().chain(&self.unmapped) {
-            window.send_frame(&self.output, time, None, everywhere);
+            window.send_frame(&self.output, time);
         }
         for surface in self.cursor.surface().into_iter().chain(&self.drag_icon) {
             if surface.alive() {
@@ -391,11 +394,7 @@ impl State {
     fn tell_presented(&mut self, sequence: u64) {
         let mut feedback = OutputPresentationFeedback::new(&self.output);
         for window in self.windows.items() {
-            window.take_presentation_feedback(
-                &mut feedback,
-                |_, _| Some(self.output.clone()),
-                |_, _| wp_presentation_feedback::Kind::empty(),
-            );
+            window.take_feedback(&self.output, &mut feedback);
         }
         feedback.presented(
             self.time.now(),
@@ -424,7 +423,7 @@ impl State {
 
     /// The window of `surface`, which may be one of its subsurfaces' or popups' roots.
     pub fn window_of(&self, surface: &WlSurface) -> Option<Window> {
-        let is_root = |window: &&Window| window.wl_surface().as_deref() == Some(surface);
+        let is_root = |window: &&Window| window.surface().as_deref() == Some(surface);
         self.windows.items().chain(&self.unmapped).find(is_root).cloned()
     }
 
@@ -450,7 +449,7 @@ impl State {
             if toplevel.is_initial_configure_sent() {
                 toplevel.send_pending_configure();
             }
-        } else if let Some(x11) = window.x11_surface().filter(|x11| !x11.is_override_redirect()) {
+        } else if let Some(x11) = window.x11().filter(|x11| !x11.is_override_redirect()) {
             let rectangle = match role {
                 Role::Fill => Rectangle::from_size(self.size),
                 Role::Float => {
@@ -468,7 +467,7 @@ impl State {
 
     /// Where `window` belongs on the output.
     pub fn place(&self, window: &Window) -> Point<i32, Logical> {
-        match window.x11_surface() {
+        match window.x11() {
             // X11 knows where its windows are, and so must we.
             Some(x11) => x11.geometry().loc,
             None => layout::place(window.geometry().size, self.size),
@@ -478,11 +477,11 @@ impl State {
     /// A window or something in it was committed: shows it, moves it or takes it off.
     pub fn update_window(&mut self, window: &Window) {
         window.on_commit();
-        let has_content = window
-            .wl_surface()
-            .and_then(|surface| with_renderer_surface_state(&surface, |state| state.buffer().is_some()))
-            .unwrap_or(false);
+        let has_content = window.has_content();
         let shown = self.windows.get(window).is_some();
+        if has_content && !shown && window.toplevel().is_some_and(|toplevel| !toplevel.ensure_configured()) {
+            return;
+        }
         match (has_content, shown) {
             (true, false) => self.show(window),
             (false, true) => self.hide(window),
@@ -497,7 +496,7 @@ impl State {
 
     fn show(&mut self, window: &Window) {
         self.unmapped.retain(|other| other != window);
-        let overlay = window.x11_surface().is_some_and(|x11| x11.is_override_redirect());
+        let overlay = window.x11().is_some_and(|x11| x11.is_override_redirect());
         self.windows.insert(window.clone(), self.place(window), overlay);
         self.arranged = true;
         self.clock.changed(Instant::now());
@@ -512,7 +511,7 @@ impl State {
     /// Takes `window` off the screen; it may come back.
     pub fn hide(&mut self, window: &Window) {
         if self.windows.remove(window) {
-            window.output_leave(&self.output);
+            window.leave(&self.output);
             if window.alive() {
                 self.unmapped.push(window.clone());
             }
@@ -587,7 +586,7 @@ impl State {
     pub fn under(&self, point: Point<f64, Logical>) -> Option<(Window, WlSurface, Point<f64, Logical>)> {
         self.windows.iter().rev().find_map(|entry| {
             let origin = entry.location - entry.item.geometry().loc;
-            let (surface, at) = entry.item.surface_under(point - origin.to_f64(), WindowSurfaceType::ALL)?;
+            let (surface, at) = entry.item.surface_under(point - origin.to_f64())?;
             Some((entry.item.clone(), surface, (at + origin).to_f64()))
         })
     }
@@ -596,7 +595,7 @@ impl State {
         for entry in self.windows.iter() {
             // All windows are taken for visible: what is covered is not worth the bookkeeping on one output.
             let overlap = Rectangle::from_size(self.size);
-            entry.item.output_enter(&self.output, overlap);
+            entry.item.enter(&self.output, overlap);
         }
     }
 
@@ -685,7 +684,7 @@ fn hints(window: &Window) -> Hints {
         });
         return Hints { has_parent: toplevel.parent().is_some(), dialog: false, min, max };
     }
-    let Some(x11) = window.x11_surface() else { return Hints::default() };
+    let Some(x11) = window.x11() else { return Hints::default() };
     let dialog = match x11.window_type() {
         None | Some(WmWindowType::Normal) => x11.is_popup(),
         Some(_) => true,
@@ -702,7 +701,7 @@ fn is_child_of(child: &Window, parent: &Window) -> bool {
     if let (Some(child), Some(parent)) = (child.toplevel(), parent.toplevel()) {
         return child.parent().as_ref() == Some(parent.wl_surface());
     }
-    if let (Some(child), Some(parent)) = (child.x11_surface(), parent.x11_surface()) {
+    if let (Some(child), Some(parent)) = (child.x11(), parent.x11()) {
         return child.is_transient_for() == Some(parent.window_id());
     }
     false

@@ -15,14 +15,13 @@ use std::{
 
 use smithay::{
     delegate_xwayland_shell,
-    desktop::Window,
     reexports::{
         calloop::{
             Interest, Mode, PostAction, RegistrationToken,
             generic::Generic,
             timer::{TimeoutAction, Timer},
         },
-        wayland_server::{Client, protocol::wl_surface::WlSurface},
+        wayland_server::{Client, Display, Resource, protocol::wl_surface::WlSurface},
     },
     utils::{Logical, Rectangle},
     wayland::{
@@ -50,6 +49,7 @@ use super::{
     Event,
     layout::{self, Role},
     state::State,
+    window::Window,
 };
 
 /// Where X servers listen.
@@ -141,10 +141,7 @@ impl State {
         let ready =
             Generic::new(server.xwayland.poll_fd().try_clone_to_owned()?, Interest::READ, Mode::Level);
         let log = self.handle.insert_source(log, |_, log, state| Ok(state.read_server_log(log)));
-        let ready = self.handle.insert_source(ready, |_, _, state| {
-            state.start_manager();
-            Ok(PostAction::Remove)
-        });
+        let ready = self.handle.insert_source(ready, |_, ready, state| Ok(state.start_manager(ready)));
         let sources = [log.map_err(|error| error.error), ready.map_err(|error| error.error)];
         for source in sources {
             server.sources.push(source.map_err(io::Error::other)?);
@@ -177,16 +174,18 @@ impl State {
         }
     }
 
-    fn start_manager(&mut self) {
-        let Some(x11) = &mut self.x11 else { return };
-        let Some(server) = &mut x11.server else { return };
+    /// Xwayland said something on `ready`: its display number, once it serves clients.
+    fn start_manager(&mut self, ready: &OwnedFd) -> PostAction {
+        let Some(x11) = &mut self.x11 else { return PostAction::Remove };
+        let Some(server) = &mut x11.server else { return PostAction::Remove };
         let socket = match server.xwayland.take_socket() {
             Ok(Some(socket)) => socket,
-            // It closed its end without a word: it is dying, and its log will say when.
-            Ok(None) => return,
+            // Half of the number, or the end; the log's end says that it has died.
+            Ok(None) if is_hung_up(ready) => return PostAction::Remove,
+            Ok(None) => return PostAction::Continue,
             Err(error) => {
                 warn!(%error, "Xwayland does not start");
-                return;
+                return PostAction::Remove;
             }
         };
         match X11Wm::start_wm(self.handle.clone(), socket, server.client.clone()) {
@@ -196,6 +195,7 @@ impl State {
             }
             Err(error) => warn!(%error, "the X11 window manager does not start"),
         }
+        PostAction::Remove
     }
 
     /// Xwayland has ended.
@@ -212,8 +212,13 @@ impl State {
             pause_ms = pause.as_millis() as u64,
             "Xwayland has ended; it is started again"
         );
-        let gone: Vec<_> =
-            self.windows.items().chain(&self.unmapped).filter(|window| window.is_x11()).cloned().collect();
+        let gone: Vec<_> = self
+            .windows
+            .items()
+            .chain(&self.unmapped)
+            .filter(|window| window.x11().is_some())
+            .cloned()
+            .collect();
         for window in gone {
             self.forget(&window);
         }
@@ -250,7 +255,7 @@ impl State {
     }
 
     /// Ends Xwayland and waits until it is gone.
-    pub fn stop_x11(&mut self) {
+    pub fn stop_x11(&mut self, display: &mut Display<State>) {
         let Some(mut x11) = self.x11.take() else { return };
         let Some(server) = x11.server.take() else { return };
         for source in server.sources {
@@ -258,6 +263,10 @@ impl State {
         }
         drop(x11.manager);
         drop(server.xwayland);
+        // Its connection is closed with the next turn of the display, and without it Xwayland ends.
+        if let Err(error) = display.dispatch_clients(self) {
+            debug!(%error, "Wayland clients could not be served");
+        }
         let deadline = Instant::now() + PATIENCE;
         let mut text = [0; 4096];
         let mut log = &server.log;
@@ -281,16 +290,14 @@ impl State {
     /// How many X11 applications have windows.
     pub fn x11_clients(&self) -> usize {
         let windows = self.windows.items().chain(&self.unmapped);
-        let clients: BTreeSet<u32> = windows
-            .filter_map(|window| window.x11_surface())
-            .map(|x11| x11.window_id() & !CLIENT_IDS)
-            .collect();
+        let clients: BTreeSet<u32> =
+            windows.filter_map(Window::x11).map(|x11| x11.window_id() & !CLIENT_IDS).collect();
         clients.len()
     }
 
     /// Keeps the X server's stacking in step; it decides by it which window gets the pointer.
     pub fn raise_x11(&mut self, window: &Window) {
-        if let (Some(surface), Some(manager)) = (window.x11_surface(), self.manager())
+        if let (Some(surface), Some(manager)) = (window.x11(), self.manager())
             && let Err(error) = manager.raise_window(surface)
         {
             debug!(%error, "an X11 window could not be raised");
@@ -322,8 +329,28 @@ impl State {
         x11.manager.as_mut()
     }
 
+    /// Finds the surfaces of X11 windows that an Xwayland before 23.1 names by object id.
+    pub fn match_x11(&mut self) {
+        let Some(server) = self.x11.as_ref().and_then(|x11| x11.server.as_ref()) else { return };
+        let matched: Vec<_> = self
+            .windows
+            .items()
+            .chain(&self.unmapped)
+            .filter_map(|window| {
+                let id = window.unmatched_id(|surface| surface.id().protocol_id())?;
+                let surface = server.client.object_from_protocol_id::<WlSurface>(&self.display, id).ok()?;
+                // An id may be used again: a surface that another window has is not this one's.
+                self.window_of(&surface).is_none().then(|| (window.clone(), surface))
+            })
+            .collect();
+        for (window, surface) in matched {
+            window.set_matched(surface);
+            self.update_window(&window);
+        }
+    }
+
     fn window_of_x11(&self, x11: &X11Surface) -> Option<Window> {
-        self.windows.items().chain(&self.unmapped).find(|window| window.x11_surface() == Some(x11)).cloned()
+        self.windows.items().chain(&self.unmapped).find(|window| window.x11() == Some(x11)).cloned()
     }
 
     /// Notes an X11 window that is being mapped; it is shown with its first content.
@@ -331,7 +358,7 @@ impl State {
         if let Some(old) = self.window_of_x11(&x11) {
             self.forget(&old);
         }
-        let window = Window::new_x11_window(x11);
+        let window = Window::new_x11(x11);
         self.unmapped.push(window.clone());
         self.configure(&window);
         self.update_window(&window);
@@ -342,6 +369,13 @@ impl State {
             debug!(%error, window = x11.window_id(), "an X11 window could not be configured");
         }
     }
+}
+
+fn is_hung_up(fd: &OwnedFd) -> bool {
+    let mut fds = [rustix::event::PollFd::new(fd, rustix::event::PollFlags::empty())];
+    let now = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+    rustix::event::poll(&mut fds, Some(&now)).is_err()
+        || fds[0].revents().contains(rustix::event::PollFlags::HUP)
 }
 
 /// What a window manager tells Xwayland is best effort: a window may be gone at any moment.
