@@ -56,6 +56,12 @@ const RESEND_SHARE: f32 = 0.5;
 const CHANNEL_BUFFER: usize = 1024 * 1024;
 /// Most channels a client may open in the life of a connection, refused ones included.
 const MAX_CHANNEL_OPENINGS: usize = 100;
+/// Share of lost packets from which on a low estimate is believed.
+const BELIEVED_LOSS: f32 = 0.02;
+/// Growth of the round trip over its lowest value from which on a low estimate is believed.
+const BELIEVED_DELAY: Duration = Duration::from_millis(75);
+/// First and longest time between two fresh starts of the estimator, and how long it must hold to forget them.
+const DOUBT_AGAIN: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(64));
 /// Errors in a row from the transport after which it counts as broken.
 const MAX_ERRORS: u32 = 16;
 /// SCTP stream of the channel that exists only so that the offer has an application section. It is negotiated out
@@ -361,8 +367,48 @@ pub struct Peer {
     last_heard: Instant,
     probing: Probing,
     desired_bps: u64,
+    doubt: Doubt,
     errors: u32,
     stats: Stats,
+}
+
+/// Whether a collapsed bandwidth estimate is believed.
+///
+/// The estimator judges by delays. Where a machine on the way stalls now and then, it sees congestion that is none,
+/// and because it then measures its own low rate it stays down there. An estimate below the lowest useful rate is
+/// believed when packets are lost or the round trip has grown; otherwise the estimator starts afresh. If that was
+/// wrong, it comes down again, and the next attempt waits twice as long.
+#[derive(Debug)]
+struct Doubt {
+    lowest_rtt: Option<Duration>,
+    again: Duration,
+    not_before: Instant,
+}
+
+impl Doubt {
+    fn new(now: Instant) -> Doubt {
+        Doubt { lowest_rtt: None, again: DOUBT_AGAIN.0, not_before: now + DOUBT_AGAIN.0 }
+    }
+
+    /// Whether to start afresh, given the last second's measurements.
+    fn judge(&mut self, now: Instant, stats: &Stats, floor_bps: u64) -> bool {
+        let Some(rtt) = stats.rtt else { return false };
+        let lowest = self.lowest_rtt.map_or(rtt, |lowest| lowest.min(rtt));
+        self.lowest_rtt = Some(lowest);
+        if stats.estimate_bps >= floor_bps {
+            if now >= self.not_before + DOUBT_AGAIN.1 {
+                self.again = DOUBT_AGAIN.0;
+            }
+            return false;
+        }
+        let believed = stats.loss.unwrap_or(0.0) >= BELIEVED_LOSS || rtt > lowest + BELIEVED_DELAY;
+        if believed || now < self.not_before {
+            return false;
+        }
+        self.not_before = now + self.again;
+        self.again = (self.again * 2).min(DOUBT_AGAIN.1);
+        true
+    }
 }
 
 impl std::fmt::Debug for Peer {
@@ -420,6 +466,7 @@ impl Peer {
             last_video: now,
             last_heard: now,
             probing: Probing::Active,
+            doubt: Doubt::new(now),
             errors: 0,
         })
     }
@@ -1107,6 +1154,7 @@ impl Peer {
                 self.stats.rtt =
                     stats.rtt.or(pair.and_then(|pair| pair.current_round_trip_time)).or(self.stats.rtt);
                 self.stats.loss = stats.egress_loss_fraction;
+                self.doubt_estimate();
                 self.event(Event::Stats);
             }
             Str::MediaEgressStats(stats) if Some(stats.mid) == self.video => {
@@ -1124,6 +1172,21 @@ impl Peer {
             Str::Closed => self.finish(Some(Event::Disconnected)),
             _ => {}
         }
+    }
+
+    fn doubt_estimate(&mut self) {
+        let floor = self.config.min_bitrate_bps;
+        let measured = self.phase == Phase::Connected && self.probing != Probing::Quiet;
+        if !measured || !self.doubt.judge(self.now, &self.stats, floor) {
+            return;
+        }
+        tracing::debug!(estimate_bps = self.stats.estimate_bps, "estimate not believed, starting it afresh");
+        // The first probes go to several times the start, so a modest one finds a free path as quickly and does less
+        // harm on one that is not.
+        let afresh = (self.stats.estimate_bps * 2).clamp(floor / 2, floor);
+        let _ = self.guard("the estimator", |rtc| rtc.bwe().reset(Bitrate::bps(afresh)));
+        self.stats.estimate_bps = afresh;
+        self.event(Event::BitrateEstimate(afresh));
     }
 
     fn ice_changed(&mut self, state: IceConnectionState) {

@@ -32,6 +32,10 @@ struct Path {
     queue: Duration,
     /// Drops the packets for which it says so; given the number of the packet.
     lose: Box<dyn FnMut(u64) -> bool>,
+    /// Every so often nothing arrives for so long, then everything at once: a machine that is busy.
+    stall: Option<(Duration, Duration)>,
+    start: Instant,
+    lost: u64,
     busy_until: Instant,
     count: u64,
     bytes: u64,
@@ -45,6 +49,9 @@ impl Path {
             rate: None,
             queue: ms(150),
             lose: Box::new(|_| false),
+            stall: None,
+            start: now,
+            lost: 0,
             busy_until: now,
             count: 0,
             bytes: 0,
@@ -62,12 +69,18 @@ impl Path {
         if let Some(rate) = self.rate {
             let start = self.busy_until.max(now);
             if start - now > self.queue {
+                self.lost += 1;
                 return;
             }
             leaves = start + Duration::from_secs_f64(data.len() as f64 * 8.0 / rate as f64);
             self.busy_until = leaves;
         }
-        self.flying.push_back((leaves + self.delay, data));
+        let mut arrives = leaves + self.delay;
+        if let Some((every, length)) = self.stall {
+            let phase = Duration::from_nanos(((arrives - self.start).as_nanos() % every.as_nanos()) as u64);
+            arrives += length.saturating_sub(phase);
+        }
+        self.flying.push_back((arrives, data));
     }
 
     fn next(&self) -> Option<Instant> {
@@ -506,6 +519,43 @@ fn the_estimate_follows_a_bottleneck_down_and_up() {
     world.down.rate = None;
     let wide = drive(&mut world, 30);
     assert!(wide > 3_500_000, "the path is free again, seen as {wide}");
+}
+
+/// Streams for `seconds` what an encoder makes that takes 0.85 of the estimate, from `least` to `most` bits per second.
+fn follow(world: &mut World, seconds: u64, least: u64, most: u64) -> Vec<u64> {
+    let mut estimates = Vec::new();
+    for _ in 0..seconds {
+        for _ in 0..60 {
+            let bytes = (world.peer.stats().estimate_bps * 85 / 100).clamp(least, most) / 8 / 60;
+            world.peer.write_video(world.now, world.now, &picture(bytes as usize, false), false);
+            world.run(Duration::from_micros(16_667));
+        }
+        estimates.push(world.peer.stats().estimate_bps);
+    }
+    estimates
+}
+
+#[test]
+fn a_busy_machine_on_the_way_does_not_starve_the_picture() {
+    let mut world = World::connected(PeerConfig { min_bitrate_bps: 2_500_000, ..video_only() }, &[]);
+    // Simple content: what is sent never comes near the estimate, the case in which a collapse would feed itself.
+    world.down.stall = Some((ms(310), ms(60)));
+    let estimates = follow(&mut world, 60, 0, 600_000);
+    let low = estimates[10..].iter().filter(|estimate| **estimate < 600_000).count();
+    assert!(low <= 10, "{low} of 50 seconds below what the content needs: {estimates:?}");
+}
+
+#[test]
+fn a_path_below_the_floor_is_respected() {
+    let mut world = World::connected(PeerConfig { min_bitrate_bps: 2_500_000, ..video_only() }, &[]);
+    world.down.rate = Some(800_000);
+    follow(&mut world, 20, 100_000, 6_000_000);
+    let before = (world.down.lost, world.down.count);
+    let estimates = follow(&mut world, 60, 100_000, 6_000_000);
+    let lost = (world.down.lost - before.0) as f64 / (world.down.count - before.1) as f64;
+    assert!(lost < 0.15, "{lost:.3} of the packets did not fit: {estimates:?}");
+    let high = estimates.iter().filter(|estimate| **estimate > 1_500_000).count();
+    assert!(high <= 10, "{high} of 60 seconds far above the path: {estimates:?}");
 }
 
 #[test]

@@ -250,6 +250,29 @@ fn a_new_rate_is_followed_within_ten_pictures_and_without_a_key_frame() {
 }
 
 #[test]
+fn the_lowest_rates_still_give_a_moving_picture() {
+    each(|kind| {
+        let mut encoder = create(&config(kind, 1280, 720)).expect("opens");
+        let mut decoder = Decoder::new();
+        let mut worst = f64::MAX;
+        for step in 0..240 {
+            if step % 30 == 0 {
+                encoder
+                    .set_bitrate([3_000_000, 1_000_000, 600_000, 300_000][(step as usize / 30).min(3)])
+                    .expect("takes it");
+            }
+            let picture = Picture::scene(1280, 720, step * 3);
+            let psnr = picture.psnr(&decoder.decode(&encode(&mut *encoder, &picture, false)));
+            if step >= 180 {
+                worst = worst.min(psnr);
+            }
+        }
+        // A box of one sixteenth of the picture that stays where it was 30 pictures ago gives some 17 dB.
+        assert!(worst > 22.0, "{kind:?}: {worst:.1} dB");
+    });
+}
+
+#[test]
 fn a_still_picture_gets_finer_when_it_is_repeated() {
     each(|kind| {
         let mut encoder = create(&config(kind, 640, 360)).expect("opens");

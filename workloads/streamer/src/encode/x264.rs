@@ -19,6 +19,9 @@ use super::{
 const NAME: &str = "libx264";
 /// Window of the rate control's buffer: 33 ms, or one picture where pictures are slower.
 const BUFFER_HZ: u32 = 30;
+/// The buffer has at least so many bits for each macroblock. With less, the encoder mispredicts the size of every
+/// row and sends empty pictures one after the other; 8 were too few, 12 were enough (measured at 720p).
+const BUFFER_BITS_PER_BLOCK: u64 = 12;
 /// Pictures with 1280×720 at 60 Hz per second and fewer start with the better preset.
 const SUPERFAST_PIXELS_PER_SECOND: u64 = 1280 * 720 * 60;
 /// More pixels than these start with two slice threads.
@@ -171,6 +174,7 @@ struct Codec {
     context: *mut ff::AVCodecContext,
     frame: *mut ff::AVFrame,
     packet: *mut ff::AVPacket,
+    least_buffer_bits: u64,
 }
 
 // SAFETY: the objects are owned by this value alone and libavcodec ties none of them to a thread.
@@ -185,12 +189,14 @@ impl Codec {
             let reason = "this libavcodec was built without it".into();
             return Err(EncodeError::Codec { encoder: NAME, what: "looking for the encoder", reason });
         }
+        let blocks = u64::from(config.width.div_ceil(16)) * u64::from(config.height.div_ceil(16));
         // SAFETY: `encoder` is a static object of libavcodec; the three allocators need nothing.
         let codec = unsafe {
             Codec {
                 context: ff::avcodec_alloc_context3(encoder),
                 frame: ff::av_frame_alloc(),
                 packet: ff::av_packet_alloc(),
+                least_buffer_bits: blocks * BUFFER_BITS_PER_BLOCK,
             }
         };
         if codec.context.is_null() || codec.frame.is_null() || codec.packet.is_null() {
@@ -247,7 +253,7 @@ impl Codec {
 
     /// libavcodec compares these fields with the encoder's before every picture and reconfigures it in place.
     fn set_bitrate(&mut self, bps: u64, fps: u32) {
-        let buffer = bps / u64::from(fps.min(BUFFER_HZ));
+        let buffer = (bps / u64::from(fps.min(BUFFER_HZ))).max(self.least_buffer_bits);
         // SAFETY: the context is ours, and these are plain numbers that may change while it is open.
         let context = unsafe { &mut *self.context };
         context.bit_rate = bps as i64;
