@@ -72,7 +72,9 @@ async fn follow(agent: &Arc<Agent>) {
                     pause = FIRST_RETRY;
                 }
                 Err(error) => {
-                    if std::mem::replace(&mut agent.inventory().reachable, false) {
+                    let was_reachable = std::mem::replace(&mut agent.inventory().reachable, false);
+                    if was_reachable {
+                        agent.changed.notify_one();
                         tracing::warn!("AMS cannot be read: {}", error.chain());
                     }
                     wanted = Wanted::ALL;
@@ -136,7 +138,9 @@ async fn read(agent: &Arc<Agent>, wanted: Wanted) -> Result<(), ClientError> {
         if agent.inventory().cluster_id.is_empty() {
             let configured = agent.config.cluster_id.clone();
             let cluster_id = if configured.is_empty() {
-                agent.ams.service().await?.cluster_id.unwrap_or_default()
+                // Gateways tell clusters apart by it, so it must not be empty.
+                let told = agent.ams.service().await?.cluster_id.filter(|id| !id.is_empty());
+                told.unwrap_or_else(|| agent.id.to_string())
             } else {
                 configured
             };
@@ -168,6 +172,7 @@ async fn read(agent: &Arc<Agent>, wanted: Wanted) -> Result<(), ClientError> {
     }
     let mut inventory = agent.inventory();
     if !std::mem::replace(&mut inventory.reachable, true) {
+        agent.changed.notify_one();
         tracing::info!("AMS at {} answers", agent.ams.endpoint().name());
     }
     inventory.listed = Some(begun);

@@ -106,10 +106,17 @@ async fn report(agent: &Arc<Agent>) {
                 agent.bus.publish_json(&agents_report(), &report);
                 told = Some(report);
             }
-            _ = sessions.tick() => report_all(agent),
+            _ = sessions.tick() => {
+                if knows_cluster(agent) {
+                    report_all(agent);
+                }
+            }
             () = agent.changed.notified() => {
                 tokio::time::sleep(REPORT_PAUSE).await;
-                let changed = agent.with_sessions(|sessions| (sessions.report_changed(), Vec::new()));
+                let changed = match knows_cluster(agent) {
+                    true => agent.with_sessions(|sessions| (sessions.report_changed(), Vec::new())),
+                    false => Vec::new(),
+                };
                 for part in changed.chunks(SESSIONS_PER_REPORT) {
                     publish_sessions(agent, part.to_vec(), false);
                 }
@@ -124,6 +131,12 @@ async fn report(agent: &Arc<Agent>) {
             }
         }
     }
+}
+
+/// Gateways take a session that is reported from another cluster for one that runs twice; so nothing is reported
+/// before AMS, or the configuration, has named the cluster.
+fn knows_cluster(agent: &Agent) -> bool {
+    !agent.inventory().cluster_id.is_empty()
 }
 
 fn report_all(agent: &Arc<Agent>) {
@@ -180,6 +193,10 @@ pub async fn create_session(
     post: AgentSessionsPost,
 ) -> Result<AgentSessionCreated, ApiError> {
     let cluster_id = agent.inventory().cluster_id.clone();
+    if cluster_id.is_empty() {
+        let text = format!("agent {} has not reached AMS yet and does not know its cluster", agent.id);
+        return Err(ApiError::unavailable("ams-unreachable", text));
+    }
     let request = GatewayRequest::CreateSession {
         agent_id: agent.id.clone(),
         region: agent.config.region.clone(),

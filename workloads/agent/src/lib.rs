@@ -51,6 +51,7 @@ pub const STREAM_PATH: &str = "/internal/1.0/stream";
 const STOP_PATIENCE: Duration = Duration::from_secs(8);
 
 /// What an agent is composed of besides its configuration.
+#[derive(Default)]
 pub struct Parts {
     /// The bus to the gateways; `None`: made from the configuration.
     pub bus: Option<Bus>,
@@ -146,8 +147,11 @@ pub async fn start(config: Config, parts: Parts) -> Result<Running, StartError> 
     };
     let address = listener.local_addr().map_err(BindError::Use)?;
     let files = KeyFiles { certificate: config.tls.certificate.clone(), key: config.tls.key.clone() };
-    let names = ["localhost".to_owned(), "127.0.0.1".to_owned(), "::1".to_owned(), address.ip().to_string()];
-    tls::ensure_self_signed(&files, "fanlight agent", &names)?;
+    if !files.certificate.exists() && !files.key.exists() {
+        let names =
+            ["localhost".to_owned(), "127.0.0.1".to_owned(), "::1".to_owned(), address.ip().to_string()];
+        tls::ensure_self_signed(&files, "fanlight agent", &names)?;
+    }
     let server = tls::server_config(&files)?;
     let key = load_key(&config.token_key)?;
     let ams = AmsClient::new(config.ams.endpoint()?);

@@ -34,7 +34,7 @@ async fn main() -> anyhow::Result<()> {
     }
     telemetry::init(if arguments.json { Format::Json } else { Format::Text }, "info")?;
     let config = config::load::<Config>(arguments.config.as_deref(), "AGENT_")?;
-    let running = start(config, Parts { bus: None, listener: None }).await.context("starting the agent")?;
+    let running = start(config, Parts::default()).await.context("starting the agent")?;
     let signal = shutdown::signal().await.context("watching for signals")?;
     tracing::info!("{signal}: the agent ends");
     running.stop().await;

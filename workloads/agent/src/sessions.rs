@@ -92,6 +92,8 @@ struct Session {
     ending: Option<Ending>,
     finished: Option<Finished>,
     streamer: Option<Streamer>,
+    /// What the streamer told last; kept while it is away, because its client most likely stays.
+    status: Option<StreamerStatus>,
     steps: Vec<FunnelStep>,
 }
 
@@ -126,7 +128,8 @@ struct Finished {
 struct Streamer {
     connection: u64,
     instance_id: InstanceId,
-    status: StreamerStatus,
+    /// It has told its state; before that nobody knows whether it has a client.
+    told: bool,
 }
 
 impl Session {
@@ -141,6 +144,7 @@ impl Session {
             ending: None,
             finished: None,
             streamer: None,
+            status: None,
             steps: Vec::new(),
         }
     }
@@ -174,7 +178,7 @@ impl Session {
         }
         let seen = self.instance.as_ref().and_then(|seen| seen.message.clone());
         let ended = || {
-            let ended = self.streamer.as_ref()?.status.ended.as_ref()?;
+            let ended = self.status.as_ref()?.ended.as_ref()?;
             Some(ended.message.clone())
         };
         let failed = || self.failed.as_ref().map(|failure| failure.text.clone());
@@ -212,13 +216,13 @@ impl Session {
     }
 
     fn report(&mut self, session_id: &SessionId) -> SessionReport {
-        let status = self.streamer.as_ref().map(|streamer| &streamer.status);
+        let status = self.status.as_ref().filter(|_| self.finished.is_none());
         SessionReport {
             session_id: session_id.clone(),
             instance_id: self.instance_id().cloned(),
             state: self.state(),
             message: self.message(),
-            streamer_connected: self.streamer.is_some(),
+            streamer_connected: self.streamer.as_ref().is_some_and(|streamer| streamer.told),
             client: status.and_then(|status| status.client.clone()),
             idle_since: status.and_then(|status| status.idle_since),
             steps: std::mem::take(&mut self.steps),
@@ -445,7 +449,7 @@ impl Sessions {
     ) -> Vec<Work> {
         let known = self.table.contains_key(id);
         let session = self.table.entry(id.clone()).or_insert_with(|| Session::new(now));
-        session.streamer = Some(Streamer { connection, instance_id, status: StreamerStatus::default() });
+        session.streamer = Some(Streamer { connection, instance_id, told: false });
         let mut work = Vec::new();
         if session.ending.is_some() {
             let message = "the session has ended".to_owned();
@@ -460,10 +464,12 @@ impl Sessions {
 
     /// A streamer has told its state.
     pub fn streamer_status(&mut self, id: &SessionId, connection: u64, status: StreamerStatus) {
-        if let Some(streamer) = self.streamer(id, connection)
-            && streamer.status != status
+        let Some(streamer) = self.streamer(id, connection) else { return };
+        let first = !std::mem::replace(&mut streamer.told, true);
+        if let Some(session) = self.table.get_mut(id)
+            && (first || session.status.as_ref() != Some(&status))
         {
-            streamer.status = status;
+            session.status = Some(status);
             self.change(id);
         }
     }

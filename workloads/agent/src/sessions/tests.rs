@@ -245,6 +245,7 @@ fn only_the_newest_connection_of_a_streamer_counts() {
     let work = world.sessions.streamer_connected(world.now, &id("s1"), i1.clone(), 1);
     assert_eq!(work, [Work::ReadAms], "not known from AMS yet");
     world.sessions.streamer_connected(world.now, &id("s1"), i1, 2);
+    assert!(!world.sessions.report_changed().remove(0).streamer_connected, "it has not told its state yet");
     let client = ClientStatus { generation: 3, state: fanlight_api::agent_link::ClientState::Streaming };
     let status = StreamerStatus { ready: true, client: Some(client.clone()), ..Default::default() };
     world.sessions.streamer_status(&id("s1"), 1, StreamerStatus::default());
@@ -257,7 +258,9 @@ fn only_the_newest_connection_of_a_streamer_counts() {
     assert_eq!(report.steps, [step]);
     assert!(world.sessions.report_all().remove(0).steps.is_empty(), "each is sent once");
     assert_eq!(world.sessions.streamer_gone(&id("s1"), 2), [Work::ReadAms]);
-    assert!(!world.sessions.report_changed().remove(0).streamer_connected);
+    let report = world.sessions.report_changed().remove(0);
+    assert!(!report.streamer_connected);
+    assert!(report.client.is_some(), "a client stays when its signalling is cut");
     assert!(!world.sessions.has_changes());
 }
 

@@ -16,7 +16,7 @@ use axum::{
 use fanlight_agent::{Config, Parts, Running};
 use fanlight_api::{
     SessionId,
-    agent_link::{ToAgent, ToStreamer},
+    agent_link::{StreamerStatus, ToAgent, ToStreamer},
     ams::{Instance, InstanceStatus, InstancesPost},
     bus::{AgentReport, AgentRequest, AgentResponse, InstanceState, SessionReport, SessionsReport},
     guest::Streaming,
@@ -297,7 +297,7 @@ impl World {
         config.tls.key = path("agent.key");
         config.clients.certificates = vec![path("ams-client.crt")];
         config.ams.socket = self.ams.path.clone();
-        let parts = Parts { bus: Some(self.bus.clone()), listener: None };
+        let parts = Parts { bus: Some(self.bus.clone()), ..Parts::default() };
         self.agent = Some(fanlight_agent::start(config, parts).await.expect("started"));
     }
 
@@ -405,6 +405,9 @@ impl Streamer {
                 instance_id: instance.parse().expect("valid"),
             })
             .await;
+        // As streamers do; one that was turned away may fail here.
+        let status = serde_json::to_string(&ToAgent::Status(StreamerStatus::default())).expect("written");
+        let _ = streamer.socket.send(Message::Text(status.into())).await;
         streamer
     }
 
