@@ -56,6 +56,11 @@ const RESEND_SHARE: f32 = 0.5;
 const CHANNEL_BUFFER: usize = 1024 * 1024;
 /// Most channels a client may open in the life of a connection, refused ones included.
 const MAX_CHANNEL_OPENINGS: usize = 100;
+/// A key frame request after video paused for this long is the browser's timer, not a loss it noticed: three seconds
+/// without a picture make it ask as long as packets came within the last five.
+const IDLE_REQUEST_AFTER: Duration = Duration::from_secs(2);
+/// How long such a request waits for a report that the client has everything.
+const IDLE_REQUEST_WAITS: Duration = Duration::from_millis(1500);
 /// Share of lost packets from which on a low estimate is believed.
 const BELIEVED_LOSS: f32 = 0.02;
 /// Growth of the round trip over its lowest value from which on a low estimate is believed.
@@ -292,6 +297,8 @@ pub struct Stats {
     pub frames: u64,
     /// Key frames among them.
     pub key_frames: u64,
+    /// Key frame requests of a client that had received everything.
+    pub requests_ignored: u64,
     /// Data channels refused because nobody announced them.
     pub channels_refused: u64,
     /// Datagrams that were no valid input.
@@ -368,6 +375,12 @@ pub struct Peer {
     probing: Probing,
     desired_bps: u64,
     doubt: Doubt,
+    /// Sequence number of the last video packet, and when it was sent.
+    last_packet: Option<(u16, Instant)>,
+    /// Highest sequence number of video the client reported.
+    reported: Option<u16>,
+    /// A request of a client that may have everything already.
+    idle_request: Option<Instant>,
     errors: u32,
     stats: Stats,
 }
@@ -467,6 +480,9 @@ impl Peer {
             last_heard: now,
             probing: Probing::Active,
             doubt: Doubt::new(now),
+            last_packet: None,
+            reported: None,
+            idle_request: None,
             errors: 0,
         })
     }
@@ -1081,8 +1097,11 @@ impl Peer {
                         let data: Vec<u8> = transmit.contents.into();
                         // RTP has its version in the first two bits and the payload type in the second byte.
                         let is_rtp = data.len() > 12 && data[0] >> 6 == 2;
-                        if is_rtp && self.rtx_pt.is_some_and(|pt| data[1] & 0x7f == pt) {
+                        let pt = data.get(1).map(|byte| byte & 0x7f).filter(|_| is_rtp);
+                        if pt.is_some() && pt == self.rtx_pt {
                             self.stats.retransmitted_packets += 1;
+                        } else if pt.is_some() && pt == self.video_pt.map(|pt| *pt) {
+                            self.last_packet = Some((u16::from_be_bytes([data[2], data[3]]), self.now));
                         }
                         self.outputs.push_back(Output::Transmit {
                             destination: transmit.destination,
@@ -1113,7 +1132,7 @@ impl Peer {
                 self.event(Event::Connected);
             }
             Str::IceConnectionStateChange(state) => self.ice_changed(state),
-            Str::KeyframeRequest(_) => self.event(Event::KeyframeRequested),
+            Str::KeyframeRequest(_) => self.key_frame_requested(),
             Str::EgressBitrateEstimate(BweKind::Twcc { estimate, can_probe }) => {
                 // While quiet, the estimate is only repeated to say that probing stopped.
                 let bps = estimate.as_u64();
@@ -1155,6 +1174,7 @@ impl Peer {
                     stats.rtt.or(pair.and_then(|pair| pair.current_round_trip_time)).or(self.stats.rtt);
                 self.stats.loss = stats.egress_loss_fraction;
                 self.doubt_estimate();
+                self.judge_idle_request();
                 self.event(Event::Stats);
             }
             Str::MediaEgressStats(stats) if Some(stats.mid) == self.video => {
@@ -1165,12 +1185,38 @@ impl Peer {
                 self.stats.firs = stats.firs;
                 if let Some(remote) = stats.remote {
                     self.stats.video_acknowledged = true;
+                    // Reports count in extended numbers, whose low half is the packet's own.
+                    self.reported = Some((*remote.maximum_sequence_number & 0xffff) as u16);
                     self.stats.packets_lost = remote.packets_lost;
                     self.stats.jitter = Some(Duration::from_secs_f64(f64::from(remote.jitter) / 90_000.0));
                 }
             }
             Str::Closed => self.finish(Some(Event::Disconnected)),
             _ => {}
+        }
+    }
+
+    /// A key frame costs a still screen more than a minute of silence, so it is not sent to a client whose timer ran
+    /// out although it has everything.
+    fn key_frame_requested(&mut self) {
+        let idle = self.last_packet.is_some_and(|(_, sent)| self.now >= sent + IDLE_REQUEST_AFTER);
+        if idle {
+            self.idle_request.get_or_insert(self.now);
+            self.judge_idle_request();
+        } else {
+            self.idle_request = None;
+            self.event(Event::KeyframeRequested);
+        }
+    }
+
+    fn judge_idle_request(&mut self) {
+        let Some(since) = self.idle_request else { return };
+        if self.reported.is_some() && self.reported == self.last_packet.map(|(number, _)| number) {
+            self.idle_request = None;
+            self.stats.requests_ignored += 1;
+        } else if self.now >= since + IDLE_REQUEST_WAITS {
+            self.idle_request = None;
+            self.event(Event::KeyframeRequested);
         }
     }
 

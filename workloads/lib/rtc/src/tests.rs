@@ -412,6 +412,26 @@ fn a_client_that_lost_a_picture_gets_its_request_through() {
 }
 
 #[test]
+fn the_timer_of_an_idle_browser_makes_no_key_frame_unless_something_was_lost() {
+    for lost in [false, true] {
+        let mut world = World::connected(video_only(), &[]);
+        world.stream(60, 1000);
+        world.down.lose = Box::new(move |_| lost);
+        world.stream(1, 1000);
+        world.run(ms(1500));
+        world.down.lose = Box::new(|_| false);
+        world.run(ms(1500));
+        let mid = world.media[0].mid;
+        let kind = KeyframeRequestKind::Pli;
+        world.client.writer(mid).expect("a section").request_keyframe(None, kind).expect("asks");
+        world.client_wakes = world.now;
+        world.run(ms(3000));
+        assert_eq!(world.saw(&Event::KeyframeRequested), lost);
+        assert_eq!(world.peer.stats().requests_ignored, u64::from(!lost));
+    }
+}
+
+#[test]
 fn channels_carry_text_and_binary_both_ways() {
     let mut world = World::connected(everything(), &[]);
     let control = world.open("control");
