@@ -110,7 +110,7 @@ const BACK_OFF_MS = [0, 500, 1_000, 2_000, 4_000, 8_000];
 /** No more attempts after this long without success. */
 const GIVE_UP_MS = 180_000;
 /** How long a session may need to show that it ended, after its instance closed the stream. */
-const SETTLE_MS = 4_000;
+const SETTLE_MS = 2_000;
 
 const STOPPED: Ended = { reason: "stopped", message: "You ended the session." };
 
@@ -515,6 +515,7 @@ export class Stream extends Emitter<StreamEvents> {
   async #hostEnded(): Promise<void> {
     this.#drop();
     if (this.#stopping) return this.#finish(STOPPED);
+    this.emit("flowing", false);
     const until = performance.now() + SETTLE_MS;
     for (;;) {
       const over = await this.#sessionOver();
