@@ -11,7 +11,7 @@ use axum::{
     },
     middleware::{self, Next},
     response::{IntoResponse, Response},
-    routing::{any, delete, get, post},
+    routing::{delete, get, post},
 };
 use fanlight_api::{
     SessionId,
@@ -38,7 +38,7 @@ use crate::{
     accounts::{AccountError, Caller, Proof, SOCKET_TOKEN_SECONDS},
     relay::{self, MAX_MESSAGE_BYTES},
     session::{OpenRefused, Session, Verdict},
-    sessions::{Deleted, no_session},
+    sessions::{Deleted, no_session, store_error},
     token::{SocketGrant, TokenError},
     ui,
 };
@@ -71,9 +71,9 @@ pub fn router(gateway: &Gateway, door: Door) -> Router {
         .route("/1.0/sessions", get(list).post(create).delete(delete_batch))
         .route("/1.0/sessions/{id}", get(show).delete(delete_one))
         .route("/1.0/sessions/{id}/join", post(join))
-        .route("/1.0/sessions/{id}/sockets/{role}", any(socket))
+        .route("/1.0/sessions/{id}/sockets/{role}", get(socket))
         // The singular spelling is the one of the original's description.
-        .route("/1.0/session/{id}/sockets/{role}", any(socket));
+        .route("/1.0/session/{id}/sockets/{role}", get(socket));
     if door == Door::Internal {
         router = router
             .route("/1.0/accounts", get(accounts).post(create_account))
@@ -156,7 +156,7 @@ impl From<AccountError> for ApiError {
             AccountError::Expiry(_) => Self::bad_request("invalid-expiry", text),
             AccountError::Exists(_) => Self::conflict("account-exists", text),
             AccountError::Missing(_) => Self::not_found("account-not-found", text),
-            AccountError::Store(error) => Self::internal(error),
+            AccountError::Store(error) => store_error(error),
         }
     }
 }
@@ -566,7 +566,7 @@ async fn join(
             Verdict::Keep
         }
     };
-    let joined = gateway.change(&session.id, counted).await.map_err(ApiError::internal)?;
+    let joined = gateway.change(&session.id, counted).await.map_err(store_error)?;
     if let Some(reason) = refused {
         return Err(ApiError::bad_request("invalid-session-state", reason));
     }
@@ -631,7 +631,7 @@ async fn socket(
             }
         })
         .await
-        .map_err(ApiError::internal)?;
+        .map_err(store_error)?;
     if let Some((reason, message)) = refused {
         return Err(match reason {
             OpenRefused::Ended => {

@@ -147,8 +147,13 @@ impl Inner {
 
     /// Unix seconds.
     fn now(&self) -> i64 {
+        self.now_ms() / 1000
+    }
+
+    /// Unix milliseconds.
+    fn now_ms(&self) -> i64 {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        i64::try_from(now.as_secs()).unwrap_or(i64::MAX)
+        i64::try_from(now.as_millis()).unwrap_or(i64::MAX)
     }
 
     fn take_turn(&self) -> bool {

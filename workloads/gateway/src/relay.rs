@@ -16,7 +16,7 @@ use fanlight_api::{
     link::{Frame, Link, LinkError, Packet, Side},
     signal::{ErrorCode, InstanceMessage},
 };
-use fanlight_bus::Subscription;
+use fanlight_bus::{MAX_PAYLOAD_BYTES, Subscription};
 use tokio::{sync::watch, time::Instant};
 
 use crate::{Gateway, session::Session, token::SocketGrant};
@@ -194,6 +194,10 @@ impl Relay {
             None => return Some(End::Client("it closed")),
         };
         match message {
+            // Escapes count on the bus: a frame that would not fit would be sent again for ever.
+            Message::Text(text) if !fits_the_bus(&text) => {
+                bad("frame is too large: it holds too many characters that need escapes".into())
+            }
             Message::Text(text) => match self.link.send(Frame::Text { text: text.as_str().to_owned() }) {
                 Ok(()) => None,
                 Err(error @ (LinkError::FrameTooLarge(_) | LinkError::TooManyFrames)) => {
@@ -254,6 +258,13 @@ impl Relay {
         }
         self.transmit();
     }
+}
+
+/// Whether a frame fits into one bus message once it is written as JSON.
+fn fits_the_bus(text: &str) -> bool {
+    // Each byte may become six; the packet around it is small.
+    let room = MAX_PAYLOAD_BYTES - 4096;
+    text.len() <= room / 6 || serde_json::to_string(text).is_ok_and(|written| written.len() <= room)
 }
 
 struct Socket {

@@ -81,6 +81,9 @@ pub struct Session {
     pub message: String,
     /// Unix seconds.
     pub created_at: i64,
+    /// Unix milliseconds, for measuring its steps.
+    #[serde(default)]
+    pub created_ms: i64,
     /// Newest generation for which a socket token was made.
     pub generation: u64,
     /// Newest generation whose socket was opened; 0: none.
@@ -277,7 +280,10 @@ impl Session {
         }
         match &report.client {
             Some(client) if client.state != ClientState::Signalling => self.client = Client::Connected,
-            None if self.client == Client::Connected => self.client = Client::Left,
+            // Without its streamer an agent does not know, and has not heard that anybody left.
+            None if self.client == Client::Connected && report.streamer_connected => {
+                self.client = Client::Left
+            }
             _ => {}
         }
         true
@@ -404,6 +410,7 @@ pub(crate) mod tests {
             status: SessionStatus::Created,
             message: String::new(),
             created_at: NOW,
+            created_ms: NOW * 1000,
             generation: 1,
             used_generation: 0,
             client: Client::Never,
@@ -417,7 +424,7 @@ pub(crate) mod tests {
             instance_id: Some("i1".parse().expect("id")),
             state,
             message: None,
-            streamer_connected: false,
+            streamer_connected: true,
             client: None,
             idle_since: None,
             steps: vec![],
@@ -527,8 +534,7 @@ pub(crate) mod tests {
         let running =
             reported(&Session { joinable: false, ..session() }, InstanceState::Running).expect("kept");
         let mut with_client = report(InstanceState::Running);
-        let client = |state| Some(ClientStatus { generation: 1, state });
-        with_client.client = client(ClientState::Streaming);
+        with_client.client = Some(ClientStatus { generation: 1, state: ClientState::Streaming });
         let agent_id = running.agent_id.clone();
         let watched =
             after(&running, &Input::Report { agent_id: &agent_id, report: &with_client }).expect("kept");
@@ -603,9 +609,9 @@ pub(crate) mod tests {
                     Verdict::Put(next) => session = *next,
                 }
                 let again = session.handle(now, &input);
-                let removed_twice = again == Verdict::Remove && matches!(input, Input::End(_) | Input::Gone)
-                    || matches!(input, Input::Report { report, .. } if report.state == Gone)
-                        && again == Verdict::Remove;
+                let of_absence = matches!(input, Input::End(_) | Input::Gone)
+                    || matches!(input, Input::Report { report, .. } if report.state == Gone);
+                let removed_twice = again == Verdict::Remove && of_absence;
                 assert!(
                     again == Verdict::Keep || removed_twice || before.client != session.client,
                     "not idempotent: {} then {again:?}",

@@ -165,7 +165,8 @@ impl From<NoAgent> for ApiError {
     }
 }
 
-fn store_error(error: StoreError) -> ApiError {
+/// The store's failure, as an answer.
+pub fn store_error(error: StoreError) -> ApiError {
     match error {
         StoreError::Full { .. } => ApiError::new(
             http::StatusCode::INSUFFICIENT_STORAGE,
@@ -216,7 +217,7 @@ impl Gateway {
         let wanted = check(post)?;
         let want = Wanted { app: &wanted.app, version: wanted.app_version, region: &wanted.region };
         let candidates = loop {
-            match self.agents().choose(Instant::now(), want, || rand::random::<f64>()) {
+            match self.agents().choose(Instant::now(), want, rand::random::<f64>) {
                 Ok(candidates) => break candidates,
                 Err(_) if self.started.elapsed() < FIRST_REPORTS => {}
                 Err(error) => return Err(error.into()),
@@ -244,6 +245,7 @@ impl Gateway {
             status: SessionStatus::Created,
             message: String::new(),
             created_at: self.now(),
+            created_ms: self.now_ms(),
             generation: 1,
             used_generation: 0,
             client: Client::Never,
@@ -421,7 +423,10 @@ impl Gateway {
             && let Some(session) = &before
         {
             let message = after.as_ref().map(|session| session.message.as_str()).unwrap_or_default();
-            let age_ms = (self.now() - session.created_at).max(0) * 1000;
+            let age_ms = u64::try_from(self.now_ms() - session.created_ms).unwrap_or(0);
+            if was == Some(SessionStatus::Created) && is == Some(SessionStatus::Active) {
+                self.observer.funnel("active", age_ms);
+            }
             tracing::info!(
                 session.id = %id,
                 agent.id = %session.agent_id,
@@ -665,7 +670,7 @@ impl Gateway {
         let mut vanished = Vec::new();
         {
             let mut missing = self.reconciler.missing.lock().unwrap_or_else(PoisonError::into_inner);
-            missing.retain(|id, _| !reported.contains(id));
+            missing.retain(|id, _| !reported.contains(id) && self.index.get(id).is_some());
             if report.complete {
                 for session in self.index.all() {
                     let of_this_agent =
@@ -678,9 +683,6 @@ impl Gateway {
                         vanished.push(session);
                     }
                 }
-            }
-            if missing.len() > 100_000 {
-                missing.clear();
             }
         }
         for session in vanished {
@@ -801,6 +803,7 @@ impl Gateway {
                 status: SessionStatus::Created,
                 message: String::new(),
                 created_at: self.now(),
+                created_ms: self.now_ms(),
                 generation: 0,
                 used_generation: 0,
                 client: Client::Never,

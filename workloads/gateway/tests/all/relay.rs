@@ -20,7 +20,7 @@ use tokio_tungstenite::{
     tungstenite::{Error, Message, client::IntoClientRequest as _},
 };
 
-use crate::rig::{Rig, Streamer, eventually};
+use crate::rig::{Rig, Streamer, eventually, spoilt};
 
 trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
@@ -175,11 +175,7 @@ async fn wrong_tokens_roles_and_sessions_are_refused_before_the_upgrade() {
     for (url, status, code) in [
         (path(&format!("/1.0/sessions/{id}/sockets/slave")), 401, "unauthorized"),
         (path(&format!("/1.0/sessions/{id}/sockets/slave?token=x")), 401, "unauthorized"),
-        (
-            path(&format!("/1.0/sessions/{id}/sockets/slave?token={}A", &token[..token.len() - 1])),
-            401,
-            "unauthorized",
-        ),
+        (path(&format!("/1.0/sessions/{id}/sockets/slave?token={}", spoilt(token))), 401, "unauthorized"),
         (path(&format!("/1.0/sessions/{id}/sockets/slave?token={foreign}")), 403, "foreign-token"),
         (path(&format!("/1.0/sessions/{id}/sockets/slave?token={}", rig.token)), 403, "wrong-token-kind"),
         (path(&format!("/1.0/sessions/{id}/sockets/master?token={token}")), 400, "unsupported-role"),
@@ -236,6 +232,9 @@ async fn frames_that_are_no_signalling_end_the_socket_with_a_reason() {
         socket.send(&"x".repeat(size)).await;
         socket.ends_with(5, "too large").await;
     }
+    let mut socket = next().await;
+    socket.send(&"\u{1}".repeat(MAX_FRAME_BYTES)).await;
+    socket.ends_with(5, "escapes").await;
     let mut socket = next().await;
     let large = "x".repeat(MAX_FRAME_BYTES);
     socket.send(&large).await;

@@ -481,7 +481,7 @@ impl Streamer {
                 random ^= random << 13;
                 random ^= random >> 7;
                 random ^= random << 17;
-                loses > 0 && random % loses == 0
+                loses > 0 && random.is_multiple_of(loses)
             };
             bus.publish_json(&down, &hello(session.clone()));
             loop {
@@ -542,4 +542,11 @@ impl Streamer {
 /// A file of a rig's folder.
 pub fn exists(folder: &Path, name: &str) -> bool {
     folder.join(name).exists()
+}
+
+/// A token with one character of its signature changed.
+pub fn spoilt(token: &str) -> String {
+    let (start, end) = token.split_at(token.len() - 10);
+    let other = if end.starts_with('A') { 'B' } else { 'A' };
+    format!("{start}{other}{}", &end[1..])
 }

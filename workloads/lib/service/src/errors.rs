@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use axum::response::{IntoResponse, Response};
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use http::{HeaderName, HeaderValue, StatusCode};
 use serde_json::Value;
 
 /// A request that was refused or failed.
@@ -20,7 +20,7 @@ pub struct ApiError {
     /// More for programs.
     pub reasons: Option<Value>,
     /// Headers of the answer.
-    pub headers: HeaderMap,
+    pub headers: Vec<(HeaderName, HeaderValue)>,
     /// The cause, for the log alone.
     #[source]
     pub source: Option<Box<dyn std::error::Error + Send + Sync>>,
@@ -29,7 +29,7 @@ pub struct ApiError {
 impl ApiError {
     /// An error with a status and code of its own.
     pub fn new(status: StatusCode, code: &'static str, text: impl Into<String>) -> Self {
-        Self { status, code, text: text.into(), reasons: None, headers: HeaderMap::new(), source: None }
+        Self { status, code, text: text.into(), reasons: None, headers: Vec::new(), source: None }
     }
 
     /// 400.
@@ -84,7 +84,7 @@ impl ApiError {
 
     /// With a header in the answer.
     pub fn with_header(mut self, name: HeaderName, value: HeaderValue) -> Self {
-        self.headers.insert(name, value);
+        self.headers.push((name, value));
         self
     }
 }
