@@ -49,6 +49,16 @@ pub fn place(size: Size<i32, Logical>, output: Size<i32, Logical>) -> Point<i32,
     Point::from((centre(size.w, output.w), centre(size.h, output.h)))
 }
 
+/// The position nearest to `wanted` at which a window of `size` is wholly on the output, if it fits.
+pub fn keep_on_output(
+    wanted: Point<i32, Logical>,
+    size: Size<i32, Logical>,
+    output: Size<i32, Logical>,
+) -> Point<i32, Logical> {
+    let keep = |wanted: i32, size: i32, full: i32| wanted.clamp(0, full.saturating_sub(size.max(0)).max(0));
+    Point::from((keep(wanted.x, size.w, output.w), keep(wanted.y, size.h, output.h)))
+}
+
 /// The size of a floating window that asked for `wanted`: not larger than the output, not empty.
 pub fn float_size(wanted: Size<i32, Logical>, output: Size<i32, Logical>) -> Size<i32, Logical> {
     Size::from((wanted.w.clamp(1, output.w), wanted.h.clamp(1, output.h)))
@@ -142,6 +152,19 @@ mod tests {
             ((0, -5), (640, 360)),
         ] {
             assert_eq!(place(window.into(), OUTPUT.into()), Point::from(expected), "{window:?}");
+        }
+    }
+
+    #[test]
+    fn tool_windows_stay_on_the_output() {
+        for (wanted, window, expected) in [
+            ((100, 50), (200, 100), (100, 50)),
+            ((-5, 700), (200, 100), (0, 620)),
+            ((i32::MAX, i32::MIN), (200, 100), (1080, 0)),
+            ((30, 30), (5000, i32::MAX), (0, 0)),
+        ] {
+            let kept = keep_on_output(wanted.into(), window.into(), OUTPUT.into());
+            assert_eq!(kept, Point::from(expected), "{wanted:?}");
         }
     }
 

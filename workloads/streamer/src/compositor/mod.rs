@@ -293,7 +293,10 @@ fn run(
 
     while !state.stopping {
         let now = Instant::now();
-        let sleep = state.clock.deadline(now).map(|at| at.saturating_duration_since(now));
+        let sleep = match state.readable {
+            true => Some(Duration::ZERO),
+            false => state.clock.deadline(now).map(|at| at.saturating_duration_since(now)),
+        };
         event_loop.dispatch(sleep, &mut state)?;
         if std::mem::take(&mut state.readable) {
             state.serve_clients(&mut display);

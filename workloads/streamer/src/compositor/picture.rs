@@ -237,7 +237,7 @@ impl Rows {
     /// Adds `range`, widened to even rows and cut to `height` (even).
     pub fn add(&mut self, range: Range<u32>, height: u32) {
         let mut new = range.start / 2 * 2..range.end.div_ceil(2).saturating_mul(2).min(height);
-        if new.start >= new.end {
+        if range.is_empty() || new.is_empty() {
             return;
         }
         self.0.retain(|old| {

@@ -53,7 +53,7 @@ use smithay::{
         xdg_activation::XdgActivationState,
         xwayland_shell::XWaylandShellState,
     },
-    xwayland::xwm::WmWindowType,
+    xwayland::{X11Surface, xwm::WmWindowType},
 };
 use tracing::{debug, error, warn};
 
@@ -79,6 +79,9 @@ const REPEAT_RATE: i32 = 30;
 /// hostile: it writes faster than it is served and nobody else would ever have a turn again.
 const FLOOD_COMMITS: u32 = 2_000;
 const FLOOD_TIME: Duration = Duration::from_millis(500);
+
+/// Attempts at a frame that fails before the next commit is waited for.
+const RETRIES: u32 = 5;
 
 /// Globals that only have to exist.
 #[allow(dead_code)]
@@ -134,10 +137,14 @@ pub(super) struct State {
     screen: Screen,
     wake: Arc<dyn Fn() + Send + Sync>,
     first_window: bool,
+    /// Renderings in a row that failed.
+    failures: u32,
 
     pub x11: Option<Xwayland>,
     clients: Arc<AtomicUsize>,
     told_clients: (usize, usize),
+    /// Clients of the last turn.
+    served: Vec<ClientId>,
     turn: Turn,
 }
 
@@ -240,9 +247,11 @@ impl State {
             screen,
             wake,
             first_window: false,
+            failures: 0,
             x11: None,
             clients: Arc::default(),
             told_clients: (0, 0),
+            served: Vec::new(),
             turn: Turn { started: Instant::now(), commits: 0 },
             display,
             handle,
@@ -278,8 +287,14 @@ impl State {
 
     /// Reads what the clients have sent. One that makes the handling panic is disconnected; the others go on.
     pub fn serve_clients(&mut self, display: &mut Display<State>) {
-        let mut clients = Vec::new();
-        display.handle().backend_handle().with_all_clients(|client| clients.push(client));
+        // Those of the last time as well: what a client had that is gone now is destroyed with its turn.
+        let mut clients = std::mem::take(&mut self.served);
+        display.handle().backend_handle().with_all_clients(|client| {
+            if !clients.contains(&client) {
+                clients.push(client.clone());
+            }
+            self.served.push(client);
+        });
         for client in clients {
             self.turn = Turn { started: Instant::now(), commits: 0 };
             let mut serve = |state: &mut State| {
@@ -292,7 +307,9 @@ impl State {
                 error!("handling a Wayland client panicked; it is disconnected");
                 self.display.backend_handle().kill_client(client.clone(), DisconnectReason::ConnectionClosed);
                 // Its objects are destroyed now, under the same guard.
-                serve(self);
+                if !serve(self) {
+                    error!("destroying what it had panicked as well");
+                }
             }
         }
     }
@@ -355,9 +372,19 @@ impl State {
             Err(error) => {
                 // The rate limit applies to failures too, or a client could keep the thread busy with them.
                 self.clock.rendered(now);
-                warn!(error = &error as &dyn std::error::Error, "a frame could not be rendered");
+                if self.failures == 0 {
+                    warn!(error = &error as &dyn std::error::Error, "a frame could not be rendered");
+                }
+                // Usually a client took its memory away and is cut off with the next turn; without it all is well.
+                self.readable = true;
+                self.failures += 1;
+                if self.failures < RETRIES {
+                    self.clock.changed(now);
+                }
+                return true;
             }
         }
+        self.failures = 0;
         true
     }
 
@@ -454,7 +481,7 @@ impl State {
                 Role::Fill => Rectangle::from_size(self.size),
                 Role::Float => {
                     let size = layout::float_size(x11.geometry().size, self.size);
-                    Rectangle::new(layout::place(size, self.size), size)
+                    Rectangle::new(self.place_x11(x11, size), size)
                 }
             };
             let configured = x11.configure(rectangle);
@@ -471,6 +498,17 @@ impl State {
             // X11 knows where its windows are, and so must we.
             Some(x11) => x11.geometry().loc,
             None => layout::place(window.geometry().size, self.size),
+        }
+    }
+
+    /// Where a floating X11 window of `size` goes: dialogs in the middle, tool windows where they want to be, or out of
+    /// the way if they do not know.
+    pub fn place_x11(&self, x11: &X11Surface, size: Size<i32, Logical>) -> Point<i32, Logical> {
+        let wanted = x11.geometry().loc;
+        match (is_tool(x11), wanted == Point::default()) {
+            (true, true) => layout::keep_on_output(Point::from((i32::MAX, i32::MAX)), size, self.size),
+            (true, false) => layout::keep_on_output(wanted, size, self.size),
+            (false, _) => layout::place(size, self.size),
         }
     }
 
@@ -501,7 +539,10 @@ impl State {
         self.arranged = true;
         self.clock.changed(Instant::now());
         if !overlay {
-            self.focus(window);
+            let is_tool = window.x11().is_some_and(is_tool);
+            if !is_tool || self.keyboard().current_focus().is_none() {
+                self.focus(window);
+            }
             if !std::mem::replace(&mut self.first_window, true) {
                 (self.events)(Event::FirstWindow);
             }
@@ -564,6 +605,12 @@ impl State {
                 .collect();
             lifted.extend(children);
             at += 1;
+        }
+        let tools =
+            self.windows.items().filter(|other| other.x11().is_some_and(is_tool) && !lifted.contains(other));
+        let tools: Vec<_> = tools.cloned().collect();
+        if window.x11().is_some() {
+            lifted.extend(tools);
         }
         for window in &lifted {
             self.windows.raise(window);
@@ -672,6 +719,11 @@ impl State {
         self.output.change_current_state(Some(mode), Some(Transform::Normal), None, here);
         self.output.set_preferred(mode);
     }
+}
+
+/// Whether it is a tool window: it helps a main window and does not take the keyboard from it.
+fn is_tool(x11: &X11Surface) -> bool {
+    matches!(x11.window_type(), Some(WmWindowType::Utility | WmWindowType::Toolbar))
 }
 
 /// What the client of `window` said about it.

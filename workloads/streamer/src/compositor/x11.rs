@@ -263,9 +263,9 @@ impl State {
         }
         drop(x11.manager);
         drop(server.xwayland);
-        // Its connection is closed with the next turn of the display, and without it Xwayland ends.
-        if let Err(error) = display.dispatch_clients(self) {
-            debug!(%error, "Wayland clients could not be served");
+        // Its connection is closed with its next turn, and without it Xwayland ends.
+        if let Err(error) = display.backend().dispatch_single_client(self, server.client.id()) {
+            debug!(%error, "Xwayland's connection is closed");
         }
         let deadline = Instant::now() + PATIENCE;
         let mut text = [0; 4096];
@@ -436,7 +436,7 @@ impl XwmHandler for State {
             Some(window) if self.role(&window) == Role::Fill || x11.is_fullscreen() => return,
             Some(_) => {
                 geometry.size = layout::float_size(geometry.size, self.size);
-                geometry.loc = layout::place(geometry.size, self.size);
+                geometry.loc = self.place_x11(&x11, geometry.size);
             }
             // Not mapped yet: it may prepare itself as it likes.
             None => geometry.loc = (x.unwrap_or(geometry.loc.x), y.unwrap_or(geometry.loc.y)).into(),

