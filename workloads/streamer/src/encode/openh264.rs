@@ -11,14 +11,15 @@ use std::time::Instant;
 use bytes::Bytes;
 use openh264::OpenH264API;
 use openh264::encoder::{
-    BitRate, Complexity, EncoderConfig as Settings, FrameRate, FrameType, IntraFramePeriod, Profile, QpRange,
-    RateControlMode, SpsPpsStrategy, UsageType, VuiConfig,
+    BitRate, Complexity, EncoderConfig as Settings, FrameRate, FrameType, IntraFramePeriod, Level, Profile,
+    QpRange, RateControlMode, SpsPpsStrategy, UsageType, VuiConfig,
 };
 use openh264::formats::YUVSource;
 use openh264_sys2::{ENCODER_OPTION_BITRATE, ENCODER_OPTION_MAX_BITRATE, SBitrateInfo, SPATIAL_LAYER_ALL};
 
 use super::{
     AccessUnit, EncodeError, Encoder, EncoderConfig, FINE_QUANTISER, PictureRef, VideoCodec, annexb,
+    level_idc,
 };
 
 const NAME: &str = "openh264";
@@ -48,6 +49,7 @@ impl OpenH264 {
             .skip_frames(false)
             .usage_type(UsageType::CameraVideoRealTime)
             .profile(Profile::Baseline)
+            .level(level(config))
             .complexity(Complexity::Low)
             .sps_pps_strategy(SpsPpsStrategy::ConstantId)
             .intra_frame_period(IntraFramePeriod::auto())
@@ -62,18 +64,17 @@ impl OpenH264 {
         Ok(OpenH264 { config: config.clone(), encoder, pending_bps: None, started: false })
     }
 
-    fn apply_bitrate(&mut self, bps: u64) -> Result<(), EncodeError> {
+    /// Tells the library the rate. A refusal leaves the old rate, which the next change may mend.
+    fn apply_bitrate(&mut self, bps: u64) {
         let mut rate = SBitrateInfo { iLayer: SPATIAL_LAYER_ALL, iBitrate: bps as c_int };
         // Its limit must never be below the target: raise it first, and lower it last.
         for option in [ENCODER_OPTION_MAX_BITRATE, ENCODER_OPTION_BITRATE, ENCODER_OPTION_MAX_BITRATE] {
             // SAFETY: the encoder is initialised, and both options read one SBitrateInfo.
             let code = unsafe { self.encoder.raw_api().set_option(option, ptr::from_mut(&mut rate).cast()) };
             if code != 0 && option == ENCODER_OPTION_BITRATE {
-                let reason = format!("code {code} for {bps} bit/s");
-                return Err(EncodeError::Codec { encoder: NAME, what: "setting the rate", reason });
+                tracing::warn!(encoder = NAME, bps, code, "rate refused, the old one stays");
             }
         }
-        Ok(())
     }
 }
 
@@ -88,7 +89,7 @@ impl Encoder for OpenH264 {
         let start = Instant::now();
         if self.started {
             if let Some(bps) = self.pending_bps.take() {
-                self.apply_bitrate(bps)?;
+                self.apply_bitrate(bps);
             }
             if force_key {
                 self.encoder.force_intra_frame();
@@ -148,6 +149,19 @@ impl YUVSource for Source<'_> {
 
     fn v(&self) -> &[u8] {
         self.0.planes[2]
+    }
+}
+
+/// The level to code for; the library picks the lowest that fits the picture otherwise, and then refuses rates.
+fn level(config: &EncoderConfig) -> Level {
+    match level_idc(config.width, config.height, config.fps) {
+        ..=31 => Level::Level_3_1,
+        32 => Level::Level_3_2,
+        33..=40 => Level::Level_4_0,
+        41..=42 => Level::Level_4_2,
+        43..=50 => Level::Level_5_0,
+        51 => Level::Level_5_1,
+        _ => Level::Level_5_2,
     }
 }
 

@@ -76,14 +76,18 @@ impl X264 {
     }
 
     /// Opens the encoder again with less to do, when pictures take too long and there is a step left.
-    fn ease(&mut self, took: Duration) -> Result<(), EncodeError> {
-        let half = Duration::from_secs(1) / self.config.fps / 2;
+    ///
+    /// `busy` is the share of `took` that this thread really ran. A short crowd on the machine is no reason for a key
+    /// frame; a lasting one is, when pictures do not come out in time at all.
+    fn ease(&mut self, took: Duration, busy: Duration) -> Result<(), EncodeError> {
+        let interval = Duration::from_secs(1) / self.config.fps;
+        let half = interval / 2;
         let limit = match self.effort {
             Effort { preset, .. } if preset == c"superfast" => half,
             Effort { threads: 1, .. } if self.cores > 1 => ONE_THREAD_TIME.min(half),
             _ => return Ok(()),
         };
-        if !self.watch.slow(took, limit) {
+        if !self.watch.slow(busy > limit || took > interval) {
             return Ok(());
         }
         if self.effort.preset == c"superfast" {
@@ -107,12 +111,12 @@ impl Encoder for X264 {
         force_key: bool,
     ) -> Result<Option<AccessUnit>, EncodeError> {
         picture.check(self.config.width, self.config.height)?;
-        let start = Instant::now();
+        let (start, busy) = (Instant::now(), thread_time());
         let pts = self.next_pts;
         self.next_pts += 1;
         let Some(packet) = self.codec.encode(picture, pts, force_key)? else { return Ok(None) };
         let took = start.elapsed();
-        self.ease(took)?;
+        self.ease(took, thread_time().saturating_sub(busy))?;
         Ok(Some(AccessUnit {
             data: packet.data,
             key: packet.key,
@@ -150,10 +154,10 @@ struct Watch {
 }
 
 impl Watch {
-    /// Whether most pictures of a full window were slower than `limit`.
-    fn slow(&mut self, took: Duration, limit: Duration) -> bool {
+    /// Whether most pictures of a full window were slow, this one included.
+    fn slow(&mut self, this: bool) -> bool {
         self.seen += 1;
-        self.slow += u32::from(took > limit);
+        self.slow += u32::from(this);
         if self.seen < WATCHED {
             return false;
         }
@@ -336,6 +340,14 @@ unsafe fn quantiser(packet: *mut ff::AVPacket) -> Option<u8> {
     };
     let lambda = u32::from_le_bytes([stats[0], stats[1], stats[2], stats[3]]);
     u8::try_from(lambda / ff::FF_QP2LAMBDA as u32).ok()
+}
+
+/// How long the calling thread has run.
+fn thread_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes one timespec; the clock exists on every Linux.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 /// libavcodec prints to standard error on its own, statistics at every close included; errors are enough.
