@@ -347,6 +347,7 @@ pub struct Peer {
     config: PeerConfig,
     rtc: Rtc,
     phase: Phase,
+    ice: Option<IceState>,
     pending: Option<SdpPendingOffer>,
     /// Candidates that came before the description they belong to.
     early: Vec<str0m::Candidate>,
@@ -457,6 +458,7 @@ impl Peer {
             config,
             rtc,
             phase: Phase::Describing,
+            ice: None,
             pending: None,
             early: Vec::new(),
             candidates_seen: 0,
@@ -746,6 +748,8 @@ impl Peer {
         });
         if let Ok(Err(reason)) = written {
             tracing::debug!(bytes = access_unit.len(), reason, "picture not sent");
+            // The next one refers to it, and the client cannot know that it existed.
+            self.event(Event::KeyframeRequested);
         }
         self.packetise();
     }
@@ -1243,7 +1247,9 @@ impl Peer {
             IceConnectionState::Disconnected => IceState::Disconnected,
         };
         // Loss and return are told by what is heard; see `tick` and `heard`.
-        if matches!(self.phase, Phase::Describing | Phase::Connecting { .. }) {
+        let new = self.ice != Some(state);
+        self.ice = Some(state);
+        if new && matches!(self.phase, Phase::Describing | Phase::Connecting { .. }) {
             self.event(Event::Ice(state));
         }
     }
@@ -1254,6 +1260,8 @@ impl Peer {
         if matches!(self.phase, Phase::Lost { .. }) {
             self.phase = Phase::Connected;
             self.event(Event::Ice(IceState::Connected));
+            // Pictures were dropped meanwhile, which the numbers of the packets do not show.
+            self.event(Event::KeyframeRequested);
         }
     }
 

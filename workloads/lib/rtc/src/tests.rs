@@ -521,7 +521,7 @@ fn lost_packets_are_repeated() {
 #[test]
 fn the_estimate_follows_a_bottleneck_down_and_up() {
     let mut world = World::connected(video_only(), &[]);
-    let mut drive = |world: &mut World, seconds: u64| {
+    let drive = |world: &mut World, seconds: u64| {
         for _ in 0..seconds * 60 {
             // What an encoder does that takes most of the estimate.
             let bytes = world.peer.stats().estimate_bps.min(6_000_000) * 85 / 100 / 8 / 60;
@@ -676,6 +676,7 @@ fn a_lost_client_may_return_and_is_given_up_in_the_end() {
     assert!(!world.peer.is_connected());
     world.cut = false;
     assert!(world.run_until(ms(20_000), |world| world.peer.is_connected()), "returns");
+    assert!(world.saw(&Event::KeyframeRequested), "pictures were dropped meanwhile");
     world.events.clear();
     world.cut = true;
     assert!(world.run_until(ms(90_000), |world| world.peer.is_ended()));
