@@ -88,7 +88,12 @@ impl BusConfig {
                 ));
             }
             tls |= url.starts_with("tls://");
-            servers.push(url.parse().map_err(|error: std::io::Error| invalid(url, error.to_string()))?);
+            let server: async_nats::ServerAddr =
+                url.parse().map_err(|error: std::io::Error| invalid(url, error.to_string()))?;
+            if server.host().is_empty() {
+                return Err(invalid(url, "there is no host in it".into()));
+            }
+            servers.push(server);
         }
         Ok((servers, tls))
     }
