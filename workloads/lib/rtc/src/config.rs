@@ -82,8 +82,8 @@ pub struct PeerConfig {
     pub local: Vec<SocketAddr>,
     /// Bandwidth estimate to start from, bits per second.
     pub start_bitrate_bps: u64,
-    /// Lowest useful video rate, bits per second. Estimates below it are reported when packets are lost or delayed;
-    /// without such evidence the estimator starts afresh.
+    /// Lowest useful video rate, bits per second. Estimates below it are reported only when packets are lost or
+    /// delayed; without such evidence this rate stands in for them.
     pub min_bitrate_bps: u64,
     /// Highest rate worth probing for, bits per second.
     pub max_bitrate_bps: u64,

@@ -10,6 +10,7 @@
 
 mod abort;
 mod config;
+mod doubt;
 mod peer;
 #[cfg(test)]
 mod tests;

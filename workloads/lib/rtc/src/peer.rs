@@ -22,6 +22,7 @@ use crate::abort;
 use crate::config::{
     CONTROL, MAX_MESSAGE_BYTES, MAX_REMOTE_CANDIDATES, MAX_SDP_BYTES, MediaKind, PeerConfig, Role, VideoCodec,
 };
+use crate::doubt::Doubt;
 
 /// Video idle for this long makes the connection quiet: no padding, no probes.
 ///
@@ -61,12 +62,6 @@ const MAX_CHANNEL_OPENINGS: usize = 100;
 const IDLE_REQUEST_AFTER: Duration = Duration::from_secs(2);
 /// How long such a request waits for a report that the client has everything.
 const IDLE_REQUEST_WAITS: Duration = Duration::from_millis(1500);
-/// Share of lost packets from which on a low estimate is believed.
-const BELIEVED_LOSS: f32 = 0.02;
-/// Growth of the round trip over its lowest value from which on a low estimate is believed.
-const BELIEVED_DELAY: Duration = Duration::from_millis(75);
-/// First and longest time between two fresh starts of the estimator, and how long it must hold to forget them.
-const DOUBT_AGAIN: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(64));
 /// Errors in a row from the transport after which it counts as broken.
 const MAX_ERRORS: u32 = 16;
 /// SCTP stream of the channel that exists only so that the offer has an application section. It is negotiated out
@@ -386,45 +381,6 @@ pub struct Peer {
     stats: Stats,
 }
 
-/// Whether a collapsed bandwidth estimate is believed.
-///
-/// The estimator judges by delays. Where a machine on the way stalls now and then, it sees congestion that is none,
-/// and because it then measures its own low rate it stays down there. An estimate below the lowest useful rate is
-/// believed when packets are lost or the round trip has grown; otherwise the estimator starts afresh. If that was
-/// wrong, it comes down again, and the next attempt waits twice as long.
-#[derive(Debug)]
-struct Doubt {
-    lowest_rtt: Option<Duration>,
-    again: Duration,
-    not_before: Instant,
-}
-
-impl Doubt {
-    fn new(now: Instant) -> Doubt {
-        Doubt { lowest_rtt: None, again: DOUBT_AGAIN.0, not_before: now + DOUBT_AGAIN.0 }
-    }
-
-    /// Whether to start afresh, given the last second's measurements.
-    fn judge(&mut self, now: Instant, stats: &Stats, floor_bps: u64) -> bool {
-        let Some(rtt) = stats.rtt else { return false };
-        let lowest = self.lowest_rtt.map_or(rtt, |lowest| lowest.min(rtt));
-        self.lowest_rtt = Some(lowest);
-        if stats.estimate_bps >= floor_bps {
-            if now >= self.not_before + DOUBT_AGAIN.1 {
-                self.again = DOUBT_AGAIN.0;
-            }
-            return false;
-        }
-        let believed = stats.loss.unwrap_or(0.0) >= BELIEVED_LOSS || rtt > lowest + BELIEVED_DELAY;
-        if believed || now < self.not_before {
-            return false;
-        }
-        self.not_before = now + self.again;
-        self.again = (self.again * 2).min(DOUBT_AGAIN.1);
-        true
-    }
-}
-
 impl std::fmt::Debug for Peer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         // Keys, credentials and addresses live in the transport; none of it is printed.
@@ -454,6 +410,7 @@ impl Peer {
         rtc.bwe().set_bitrate(Bitrate::ZERO, Bitrate::bps(config.max_bitrate_bps));
         Ok(Peer {
             desired_bps: config.max_bitrate_bps,
+            doubt: Doubt::new(now, config.min_bitrate_bps, config.start_bitrate_bps),
             stats: Stats { estimate_bps: config.start_bitrate_bps, ..Stats::default() },
             config,
             rtc,
@@ -481,7 +438,6 @@ impl Peer {
             last_video: now,
             last_heard: now,
             probing: Probing::Active,
-            doubt: Doubt::new(now),
             last_packet: None,
             reported: None,
             idle_request: None,
@@ -1139,10 +1095,9 @@ impl Peer {
             Str::KeyframeRequest(_) => self.key_frame_requested(),
             Str::EgressBitrateEstimate(BweKind::Twcc { estimate, can_probe }) => {
                 // While quiet, the estimate is only repeated to say that probing stopped.
-                let bps = estimate.as_u64();
-                if can_probe && bps != self.stats.estimate_bps {
-                    self.stats.estimate_bps = bps;
-                    self.event(Event::BitrateEstimate(bps));
+                if can_probe {
+                    self.doubt.estimate_bps = estimate.as_u64();
+                    self.report_estimate();
                 }
             }
             Str::ChannelOpen(id, label) => self.channel_opened(id, label),
@@ -1225,18 +1180,23 @@ impl Peer {
     }
 
     fn doubt_estimate(&mut self) {
-        let floor = self.config.min_bitrate_bps;
-        let measured = self.phase == Phase::Connected && self.probing != Probing::Quiet;
-        if !measured || !self.doubt.judge(self.now, &self.stats, floor) {
+        if self.phase != Phase::Connected || self.probing == Probing::Quiet {
             return;
         }
-        tracing::debug!(estimate_bps = self.stats.estimate_bps, "estimate not believed, starting it afresh");
-        // The first probes go to several times the start, so a modest one finds a free path as quickly and does less
-        // harm on one that is not.
-        let afresh = (self.stats.estimate_bps * 2).clamp(floor / 2, floor);
-        let _ = self.guard("the estimator", |rtc| rtc.bwe().reset(Bitrate::bps(afresh)));
-        self.stats.estimate_bps = afresh;
-        self.event(Event::BitrateEstimate(afresh));
+        let doubted = self.doubt.estimate_bps;
+        if let Some(afresh) = self.doubt.judge(self.now, self.stats.rtt, self.stats.loss) {
+            tracing::debug!(estimate_bps = doubted, "estimate not believed, starting it afresh");
+            let _ = self.guard("the estimator", |rtc| rtc.bwe().reset(Bitrate::bps(afresh)));
+        }
+        self.report_estimate();
+    }
+
+    fn report_estimate(&mut self) {
+        let bps = self.doubt.reported();
+        if bps != self.stats.estimate_bps {
+            self.stats.estimate_bps = bps;
+            self.event(Event::BitrateEstimate(bps));
+        }
     }
 
     fn ice_changed(&mut self, state: IceConnectionState) {
