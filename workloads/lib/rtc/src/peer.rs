@@ -1093,12 +1093,10 @@ impl Peer {
             }
             Str::IceConnectionStateChange(state) => self.ice_changed(state),
             Str::KeyframeRequest(_) => self.key_frame_requested(),
-            Str::EgressBitrateEstimate(BweKind::Twcc { estimate, can_probe }) => {
-                // While quiet, the estimate is only repeated to say that probing stopped.
-                if can_probe {
-                    self.doubt.estimate_bps = estimate.as_u64();
-                    self.report_estimate();
-                }
+            // Without probing, as while quiet, the estimate is only repeated to say that probing stopped.
+            Str::EgressBitrateEstimate(BweKind::Twcc { estimate, can_probe: true }) => {
+                self.doubt.estimate_bps = estimate.as_u64();
+                self.report_estimate();
             }
             Str::ChannelOpen(id, label) => self.channel_opened(id, label),
             Str::ChannelData(message) => {
