@@ -146,7 +146,7 @@ impl fmt::Debug for Picture {
 
 fn black(width: u32, height: u32) -> Vec<u8> {
     assert!(
-        width > 0 && height > 0 && width % 2 == 0 && height % 2 == 0,
+        width > 0 && height > 0 && width.is_multiple_of(2) && height.is_multiple_of(2),
         "a 4:2:0 picture of {width}x{height} is impossible"
     );
     let luma = width as usize * height as usize;
