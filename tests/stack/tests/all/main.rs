@@ -1,0 +1,7 @@
+//! Tests of the whole stack: the real programs as a user starts them, an independent client, and everything that may
+//! go wrong around them.
+
+mod bad_input;
+mod failures;
+mod isolation;
+mod life;
