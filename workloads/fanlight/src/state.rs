@@ -55,8 +55,9 @@ impl State {
         let mut builder = fs::DirBuilder::new();
         builder.recursive(true).mode(0o711);
         builder.create(folder).with_context(|| format!("creating the state folder {}", folder.display()))?;
-        let folder =
-            folder.canonicalize().with_context(|| format!("finding the state folder {}", folder.display()))?;
+        let folder = folder
+            .canonicalize()
+            .with_context(|| format!("finding the state folder {}", folder.display()))?;
         if folder.as_os_str().len() + LONGEST_BELOW > 107 {
             bail!(
                 "the path of the state folder {} is too long for the sockets in it: at most {} bytes; choose another with --state",
@@ -123,6 +124,16 @@ impl State {
         self.folder.join("env")
     }
 
+    /// Address of the page of the stack that ran last.
+    pub fn page_note(&self) -> PathBuf {
+        self.folder.join("page")
+    }
+
+    /// Digests of the applications registered from folders.
+    pub fn applications_note(&self) -> PathBuf {
+        self.folder.join("applications.json")
+    }
+
     /// Output of a detached stack.
     pub fn log(&self) -> PathBuf {
         self.folder.join("log")
@@ -145,7 +156,9 @@ impl State {
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(error) if error == rustix::io::Errno::WOULDBLOCK => {
-                let who = self.owner().map_or("another process".to_owned(), |owner| format!("process {}", owner.pid));
+                let who = self
+                    .owner()
+                    .map_or("another process".to_owned(), |owner| format!("process {}", owner.pid));
                 bail!(
                     "a stack already runs from {} ({who}); end it with `fanlight down --state {0}`",
                     self.folder.display()
@@ -186,7 +199,8 @@ impl State {
         let Some(pid) = self.owner().and_then(|owner| Pid::from_raw(owner.pid)) else {
             bail!("a stack runs from {} but does not say as which process", self.folder.display());
         };
-        kill_process(pid, Signal::TERM).with_context(|| format!("asking process {} to end", pid.as_raw_nonzero()))?;
+        kill_process(pid, Signal::TERM)
+            .with_context(|| format!("asking process {} to end", pid.as_raw_nonzero()))?;
         let until = Instant::now() + patience;
         while self.is_held()? {
             if Instant::now() > until {
@@ -233,7 +247,9 @@ pub fn write_private(path: &Path, content: &[u8]) -> Result<()> {
 pub fn read_optional(path: &Path) -> Result<Option<String>> {
     let mut text = String::new();
     match File::open(path) {
-        Ok(mut file) => file.read_to_string(&mut text).with_context(|| format!("reading {}", path.display()))?,
+        Ok(mut file) => {
+            file.read_to_string(&mut text).with_context(|| format!("reading {}", path.display()))?
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error).with_context(|| format!("opening {}", path.display())),
     };

@@ -1,0 +1,176 @@
+//! What can be typed after `fanlight`.
+
+use std::{net::IpAddr, path::PathBuf, time::Duration};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Streams graphical applications to browsers.
+#[derive(Debug, Parser)]
+#[command(name = "fanlight", version, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Start a whole stack on this machine.
+    Up(Up),
+    /// End the stack that runs from a state folder.
+    Down(Stack),
+    /// Print a fresh link to the page; it works once, for ten minutes.
+    Code(Stack),
+    /// Accounts of the gateway.
+    Account {
+        /// What to do with them.
+        #[command(subcommand)]
+        command: AccountCommand,
+    },
+    /// Sessions of the gateway.
+    Session {
+        /// What to do with them.
+        #[command(subcommand)]
+        command: SessionCommand,
+    },
+    /// Instances of AMS.
+    Instance {
+        /// What to do with them.
+        #[command(subcommand)]
+        command: InstanceCommand,
+    },
+    /// Internal: the keeper of one instance, started by AMS.
+    #[command(hide = true)]
+    Shim {
+        /// Folder of the instance.
+        folder: PathBuf,
+    },
+}
+
+/// Which stack is meant.
+#[derive(Clone, Debug, Args)]
+pub struct Stack {
+    /// State folder of the stack.
+    #[arg(long, env = "FANLIGHT_STATE", default_value = ".fanlight")]
+    pub state: PathBuf,
+}
+
+/// How the ports of the services are chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Ports {
+    /// 4000 (gateway), 4080 (page), 8445 (agent), 8444 (AMS); one in use is an error.
+    Fixed,
+    /// Any free ones, for stacks beside others.
+    Auto,
+}
+
+/// Options of `up`.
+#[derive(Clone, Debug, Args)]
+pub struct Up {
+    /// Which stack.
+    #[command(flatten)]
+    pub stack: Stack,
+    /// Address of this machine to serve others on; without it everything stays on loopback.
+    #[arg(long, value_name = "ADDRESS")]
+    pub listen: Option<IpAddr>,
+    /// How ports are chosen.
+    #[arg(long, value_enum, default_value = "fixed")]
+    pub ports: Ports,
+    /// Return when everything is ready; `down` ends it.
+    #[arg(long)]
+    pub detach: bool,
+    /// Run gateway, agent and AMS as programs of their own over a NATS server.
+    #[arg(long)]
+    pub separate: bool,
+    /// Folder with applications, or of one; may be given more than once.
+    #[arg(long, value_name = "FOLDER")]
+    pub applications: Vec<PathBuf>,
+    /// Folder with the built page.
+    #[arg(long, value_name = "FOLDER")]
+    pub ui: Option<PathBuf>,
+    /// Also write the variables of `<state>/env` into this file.
+    #[arg(long, value_name = "FILE")]
+    pub env_file: Option<PathBuf>,
+}
+
+/// Commands about accounts.
+#[derive(Debug, Subcommand)]
+pub enum AccountCommand {
+    /// Make an account and print its token; it is shown only this once.
+    Create {
+        /// Which stack.
+        #[command(flatten)]
+        stack: Stack,
+        /// Name of the account.
+        name: String,
+        /// How long the token is good, for example `12h` or `30d`; without it until the account is deleted.
+        #[arg(long, value_parser = humantime::parse_duration)]
+        expires_in: Option<Duration>,
+        /// May only launch, join and end its own sessions.
+        #[arg(long)]
+        launch_only: bool,
+    },
+    /// List the accounts.
+    List {
+        /// Which stack.
+        #[command(flatten)]
+        stack: Stack,
+    },
+    /// Delete an account; its tokens stop working at once.
+    Delete {
+        /// Which stack.
+        #[command(flatten)]
+        stack: Stack,
+        /// Name of the account.
+        name: String,
+    },
+}
+
+/// Commands about sessions.
+#[derive(Debug, Subcommand)]
+pub enum SessionCommand {
+    /// List the sessions.
+    List {
+        /// Which stack.
+        #[command(flatten)]
+        stack: Stack,
+    },
+    /// End a session and its instance.
+    Delete {
+        /// Which stack.
+        #[command(flatten)]
+        stack: Stack,
+        /// Id of the session.
+        id: String,
+    },
+}
+
+/// Commands about instances.
+#[derive(Debug, Subcommand)]
+pub enum InstanceCommand {
+    /// List the instances.
+    List {
+        /// Which stack.
+        #[command(flatten)]
+        stack: Stack,
+    },
+    /// Print a log of an instance, or the names of its logs.
+    Logs {
+        /// Which stack.
+        #[command(flatten)]
+        stack: Stack,
+        /// Id or name of the instance.
+        id: String,
+        /// Name of the log.
+        log: Option<String>,
+    },
+    /// Delete an instance.
+    Delete {
+        /// Which stack.
+        #[command(flatten)]
+        stack: Stack,
+        /// Id or name of the instance.
+        id: String,
+    },
+}
