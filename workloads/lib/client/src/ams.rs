@@ -308,7 +308,7 @@ impl AmsClient {
             let left = deadline.saturating_duration_since(tokio::time::Instant::now());
             if left.is_zero() {
                 return Err(ClientError::TimedOut {
-                    method: Method::GET.to_string(),
+                    method: "GET",
                     path,
                     server: self.endpoint.name(),
                     timeout,

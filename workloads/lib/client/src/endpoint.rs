@@ -222,7 +222,7 @@ impl Endpoint {
         match tokio::time::timeout(CONNECT_TIMEOUT, self.open(path, headers, &about)).await {
             Ok(result) => result,
             Err(_) => Err(ClientError::TimedOut {
-                method: about.method.to_string(),
+                method: about.method(),
                 path: about.path,
                 server: about.server,
                 timeout: CONNECT_TIMEOUT,
@@ -277,9 +277,21 @@ impl Endpoint {
 }
 
 impl About {
+    /// The method as a constant, which keeps errors small.
+    fn method(&self) -> &'static str {
+        match self.method {
+            Method::GET => "GET",
+            Method::POST => "POST",
+            Method::PUT => "PUT",
+            Method::PATCH => "PATCH",
+            Method::DELETE => "DELETE",
+            _ => "request",
+        }
+    }
+
     fn unreachable(&self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> ClientError {
         ClientError::Unreachable {
-            method: self.method.to_string(),
+            method: self.method(),
             path: self.path.clone(),
             server: self.server.clone(),
             source: source.into(),
@@ -289,7 +301,7 @@ impl About {
     fn failed(&self, error: reqwest::Error, timeout: Duration) -> ClientError {
         if error.is_timeout() && !error.is_connect() {
             return ClientError::TimedOut {
-                method: self.method.to_string(),
+                method: self.method(),
                 path: self.path.clone(),
                 server: self.server.clone(),
                 timeout,
@@ -318,7 +330,7 @@ impl About {
         let text =
             if text.is_empty() { status.canonical_reason().unwrap_or("refused").to_owned() } else { text };
         ClientError::Refused {
-            method: self.method.to_string(),
+            method: self.method(),
             path: self.path.clone(),
             status,
             code: detail("code"),
@@ -330,7 +342,7 @@ impl About {
     /// An answer that cannot be read.
     pub fn unreadable(&self, status: StatusCode, reason: impl fmt::Display) -> ClientError {
         ClientError::Answer {
-            method: self.method.to_string(),
+            method: self.method(),
             path: self.path.clone(),
             server: self.server.clone(),
             status,

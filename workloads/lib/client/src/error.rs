@@ -32,7 +32,7 @@ pub enum ClientError {
     #[error("{method} {path}: {server} cannot be reached")]
     Unreachable {
         /// HTTP method.
-        method: String,
+        method: &'static str,
         /// Path.
         path: String,
         /// Address of the server.
@@ -45,7 +45,7 @@ pub enum ClientError {
     #[error("{method} {path}: no answer from {server} within {} s", .timeout.as_secs())]
     TimedOut {
         /// HTTP method.
-        method: String,
+        method: &'static str,
         /// Path.
         path: String,
         /// Address of the server.
@@ -57,7 +57,7 @@ pub enum ClientError {
     #[error("{text} ({method} {path}: {status})")]
     Refused {
         /// HTTP method.
-        method: String,
+        method: &'static str,
         /// Path.
         path: String,
         /// HTTP status.
@@ -73,7 +73,7 @@ pub enum ClientError {
     #[error("{method} {path}: the answer of {server} ({status}) cannot be understood: {reason}")]
     Answer {
         /// HTTP method.
-        method: String,
+        method: &'static str,
         /// Path.
         path: String,
         /// Address of the server.

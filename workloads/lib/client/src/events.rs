@@ -92,7 +92,7 @@ async fn read(
     signals: &mpsc::Sender<Signal>,
 ) -> Option<ClientError> {
     let lost = |source: Box<dyn std::error::Error + Send + Sync>| ClientError::Unreachable {
-        method: "GET".into(),
+        method: "GET",
         path: path.into(),
         server: endpoint.name(),
         source,
