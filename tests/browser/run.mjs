@@ -31,7 +31,13 @@ const BLUE = [[0, 0, 90], [120, 130, 255]];
 /** Types into the streamed application. */
 async function type(page, text) {
   await page.locator(".surface").focus();
-  await page.keyboard.type(text, { delay: 12 });
+  for (const letter of text) {
+    // The browser driver sends a capital letter without its Shift key; a person's keyboard does not.
+    const shifted = letter !== letter.toLowerCase() || '~!@#$%^&*()_+{}|:"<>?'.includes(letter);
+    if (shifted) await page.keyboard.down("Shift");
+    await page.keyboard.press(letter, { delay: 5 });
+    if (shifted) await page.keyboard.up("Shift");
+  }
   await page.keyboard.press("Enter");
 }
 
@@ -93,26 +99,26 @@ test("leaving keeps the session, joining again finds the picture as it was, and 
 
 test("the mouse draws in a program of the X11 world", async (page) => {
   await launch(page, "paint");
-  // The white sheet of the new picture is what the mouse draws on.
+  // The black sheet of the new picture is what the mouse draws on, in red; a window of tools lies over its middle.
   const sheet = await until("a sheet to draw on is shown", SOON, async () => {
     const points = [];
     for (let y = 100; y < 700; y += 20) for (let x = 100; x < 1180; x += 20) points.push([x, y]);
     const colours = await probe(page, "colours", points);
-    const white = points.filter((_, i) => colours[i].every((value) => value > 235));
-    if (white.length < 40) return undefined;
-    const [xs, ys] = [white.map(([x]) => x), white.map(([, y]) => y)];
+    const black = points.filter((_, i) => colours[i].every((value) => value < 24));
+    if (black.length < 40) return undefined;
+    const [xs, ys] = [black.map(([x]) => x), black.map(([, y]) => y)];
     return { left: Math.min(...xs), right: Math.max(...xs), top: Math.min(...ys), bottom: Math.max(...ys) };
   });
-  const y = Math.round((sheet.top + sheet.bottom) / 2);
+  const y = sheet.bottom - 40;
   const [from, to] = [sheet.left + 40, Math.min(sheet.right - 40, sheet.left + 340)];
   const stroke = [];
   for (let x = from + 20; x <= to - 20; x += 20) stroke.push([x, y]);
-  const dark = async () => {
+  const drawn = async () => {
     const around = stroke.flatMap(([x, at]) => [-2, -1, 0, 1, 2].map((d) => [x, at + d]));
     const colours = await probe(page, "colours", around);
-    return stroke.filter((_, i) => colours.slice(i * 5, i * 5 + 5).some((rgb) => Math.max(...rgb) < 150)).length;
+    return stroke.filter((_, i) => colours.slice(i * 5, i * 5 + 5).some(([red]) => red > 60)).length;
   };
-  assert.equal(await dark(), 0, "the sheet is clean");
+  assert.equal(await drawn(), 0, "the sheet is clean");
   const place = (x, at) => probe(page, "place", x, at);
   const begin = await place(from, y);
   await page.mouse.move(begin.x, begin.y);
@@ -122,7 +128,7 @@ test("the mouse draws in a program of the X11 world", async (page) => {
     await page.mouse.move(point.x, point.y);
   }
   await page.mouse.up();
-  await until("the stroke is in the picture", SOON, async () => (await dark()) >= stroke.length - 1);
+  await until("the stroke is in the picture", SOON, async () => (await drawn()) >= stroke.length - 1);
 });
 
 test("a game moves and is heard", async (page) => {
@@ -195,8 +201,8 @@ test("a tone is heard at its loudness", async (page) => {
   const second = await level();
   const seconds = second.totalSamplesDuration - first.totalSamplesDuration;
   const energy = (second.totalAudioEnergy - first.totalAudioEnergy) / seconds;
-  // A sine at half of full scale has a mean square of 1/8.
-  assert.ok(energy > 0.05 && energy < 0.2, `energy per second is ${energy}`);
+  // Browsers square the largest sample of each stretch: a sine at half of full scale gives 1/4.
+  assert.ok(energy > 0.2 && energy < 0.3, `energy per second is ${energy}`);
 });
 
 test("a second page takes the stream over and the first one is told at once", async (page) => {
