@@ -165,7 +165,8 @@
     const begin = performance.now();
     const before = await statistics();
     let pending;
-    let lastPresses;
+    // A picture that stands still has to be known before the first key changes it.
+    let lastPresses = (await barcode(element))?.keyPresses;
     let running = true;
     const readings = [];
     const onFrame = (_now, metadata) => {
