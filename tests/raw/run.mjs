@@ -27,6 +27,8 @@ const FLAGS = [
   "--disable-sync",
   "--autoplay-policy=no-user-gesture-required",
   "--allow-loopback-in-peer-connection",
+  // Websockets do not ask the context: without this they fail on the certificate of a local stack.
+  "--ignore-certificate-errors",
 ];
 
 // The stage: a page of our own that only carries the raw client.
