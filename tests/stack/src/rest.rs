@@ -87,6 +87,8 @@ impl Server {
         token: Option<&str>,
         identity: Option<(&Path, &Path)>,
     ) -> Result<Self> {
+        // The crates below would each choose another; the first test that comes here settles it.
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
         let read = |path: &Path| std::fs::read(path).with_context(|| format!("reading {}", path.display()));
         let pem = read(authority)?;
         let mut builder = Client::builder()

@@ -251,7 +251,8 @@ fn received_text(agent: &Arc<Agent>, session: &SessionId, connection: u64, down:
             });
         }
         Ok(ToAgent::Step(step)) => {
-            tracing::info!(
+            // The gateway says it to people.
+            tracing::debug!(
                 session.id = %session, generation = step.generation, step = step.step,
                 duration_ms = step.duration_ms, message = step.message,
                 "session {session}, client {}: {} after {} ms", step.generation, step.step, step.duration_ms

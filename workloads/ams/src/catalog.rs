@@ -63,7 +63,7 @@ pub enum CatalogError {
     #[error("the last version of an application cannot be deleted: delete the application")]
     LastVersion,
     /// A member of a change that is not possible.
-    #[error("{0} not supported")]
+    #[error("changing {0} not supported: update the package instead")]
     Unsupported(String),
     /// A member of a change with a bad value.
     #[error("argument {0} is invalid")]
@@ -420,7 +420,7 @@ impl Catalog {
     ) -> Result<OperationRecord, CatalogError> {
         let id = self.find(id_or_name).await?.value.id;
         if let Some((member, _)) = patch.others.iter().find(|(_, value)| !value.is_null()) {
-            return Err(CatalogError::Unsupported(format!("changing {member}: update the package instead;")));
+            return Err(CatalogError::Unsupported(member.clone()));
         }
         for tags in [&patch.tags, &patch.node_selector].into_iter().flatten() {
             if !tags.iter().all(|tag| manifest::is_tag(tag)) {

@@ -59,7 +59,7 @@ pub enum InstanceError {
         reason: String,
     },
     /// Something that this image, or this version, does not have.
-    #[error("{0} not supported")]
+    #[error("{0}")]
     Unsupported(String),
     /// Something that must be given.
     #[error("{0} is required")]
@@ -306,16 +306,21 @@ impl Ams {
 
     async fn check_launch(&self, post: InstancesPost) -> Result<Checked, InstanceError> {
         let invalid = |argument, reason: String| InstanceError::Invalid { argument, reason };
-        let unsupported =
-            |what: &str| Err(InstanceError::Unsupported(format!("{what} by image {}", manifest::HOST_IMAGE)));
+        let unsupported = |what: &str| {
+            Err(InstanceError::Unsupported(format!("{what} not supported by image {}", manifest::HOST_IMAGE)))
+        };
         if post.source.as_ref().is_some_and(|source| !source.id.is_empty() || !source.kind.is_empty()) {
-            return Err(InstanceError::Unsupported("source: copies of instances are".into()));
+            return Err(InstanceError::Unsupported(
+                "source not supported: instances cannot be copied".into(),
+            ));
         }
         if !post.image_id.is_empty() && !post.app_id.is_empty() {
             return Err(invalid("image_id", "it excludes app_id".into()));
         }
         if !post.image_id.is_empty() {
-            return Err(InstanceError::Unsupported("image_id: instances without an application are".into()));
+            return Err(InstanceError::Unsupported(
+                "image_id not supported: an instance needs an application".into(),
+            ));
         }
         if post.app_id.is_empty() {
             return Err(InstanceError::Required("app_id"));
@@ -400,7 +405,7 @@ impl Ams {
             }
             None if config.enable_streaming && self.agent.is_none() => {
                 return Err(InstanceError::Unsupported(
-                    "config.enable_streaming: no agent is configured (agent.url); it is".into(),
+                    "config.enable_streaming not supported: no agent is configured (agent.url)".into(),
                 ));
             }
             None if config.enable_streaming => Session::Wanted,
@@ -589,7 +594,9 @@ impl Ams {
             )));
         }
         if record.session == Session::Over {
-            return Err(InstanceError::Unsupported("starting an instance whose session is over".into()));
+            return Err(InstanceError::Unsupported(
+                "starting an instance whose session is over is not supported".into(),
+            ));
         }
         if !record.holds_resources() {
             let wish = Wish { share: record.share(), pin: record.node.clone(), ..Wish::default() };

@@ -6,6 +6,7 @@
 
 use std::{
     fs,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
@@ -198,7 +199,7 @@ impl Sandbox<'_> {
         for hidden in self.hidden.iter().filter(|path| path.starts_with("/usr") && path.exists()) {
             args.add(["--perms", "0000", "--tmpfs", &text(hidden)]);
         }
-        args.add(["--remount-ro", "/", "--chdir", HOME]);
+        args.add(["--remount-ro", "/"]);
         if own_user {
             // Mounts are done; what goes on has no right but to become the instance's user, and then none.
             args.add(["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--"]);
@@ -210,9 +211,11 @@ impl Sandbox<'_> {
                 &self.gid.to_string(),
             ]);
             args.add(["--clear-groups", "--inh-caps=-all", "--no-new-privs", "--"]);
+            // The home is closed to everybody else, so only the user it belongs to can go there.
+            args.add(["/usr/bin/env", "-C", HOME]);
             args.add([&text(&tools.unshare), "--user", "--map-current-user", "--"]);
         } else {
-            args.add(["--"]);
+            args.add(["--chdir", HOME, "--"]);
         }
         args.0.extend_from_slice(command);
         Some(args.0)
@@ -305,7 +308,11 @@ pub fn detect(scratch: &Path) -> Isolation {
             let gid = if root { 65533 } else { rustix::process::getegid().as_raw() };
             let below = |name: &str| {
                 let path = folder.path().join(name);
-                fs::create_dir(&path).map(|()| path).map_err(|error| format!("making a folder: {error}"))
+                fs::create_dir(&path)
+                    // Whatever the umask says: the probe's user must get in.
+                    .and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(0o755)))
+                    .map_err(|error| format!("making a folder: {error}"))?;
+                Ok::<_, String>(path)
             };
             let (etc, home, runtime, logs, notify) =
                 (below("etc")?, below("home")?, below("runtime")?, below("logs")?, below("notify")?);

@@ -32,7 +32,7 @@ use fanlight_service::{
     Shutdown,
     health::Ready,
     http::{BindError, Binding, Edge, Limits, bind_tcp, bind_unix, serve},
-    tls::{KeyFiles, TlsError, ensure_self_signed, install_provider, server_config},
+    tls::{KeyFiles, TlsError, ensure_self_signed, install_provider, public_server_config},
 };
 use fanlight_store::{Handle, StoreError};
 use tokio::sync::Semaphore;
@@ -213,7 +213,7 @@ pub async fn start(config: Config, parts: Parts) -> Result<Running, StartError> 
 
     let files = KeyFiles { certificate: config.tls.certificate.clone(), key: config.tls.key.clone() };
     let fingerprint = ensure_self_signed(&files, "Fanlight gateway", &names(&config, public_address))?;
-    let tls = server_config(&files)?;
+    let tls = public_server_config(&files)?;
 
     let owns_store = parts.store.is_none();
     let store = match parts.store {

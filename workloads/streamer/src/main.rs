@@ -6,6 +6,10 @@ use clap::{Parser, Subcommand};
 use fanlight_api::guest::EXIT_BAD_GUEST;
 use tracing_subscriber::EnvFilter;
 
+/// Ours is told, libraries speak only of trouble; an X server that goes away at the end is none.
+const FILTER: &str =
+    "info,str0m=warn,smithay=warn,smithay::utils::x11rb=off,smithay::xwayland::xserver=off";
+
 /// The display, encoder and WebRTC peer of one instance.
 #[derive(Parser)]
 #[command(version)]
@@ -23,11 +27,10 @@ enum Command {
 fn main() -> ExitCode {
     // First of all: the application has the same user id and must not read our memory or environment.
     let hidden = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
+    // What libraries say first; a more particular filter of the environment wins.
+    let wanted = std::env::var("FANLIGHT_LOG").unwrap_or_default();
     tracing_subscriber::fmt()
-        .with_env_filter(
-            EnvFilter::try_from_env("FANLIGHT_LOG")
-                .unwrap_or_else(|_| EnvFilter::new("info,str0m=warn,smithay=warn")),
-        )
+        .with_env_filter(EnvFilter::new(format!("{FILTER},{wanted}")))
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
         .init();

@@ -246,6 +246,13 @@ fn deleted(record: &InstanceRecord, seen: &Seen, next: &mut Next, limits: Limits
         Phase::Absent if record.session.to_end().is_some() => Some(Action::EndSession),
         Phase::Absent => Some(Action::Forget),
         phase if phase.is_live() && !record.intent.force => stop(record, next, limits),
+        Phase::Ended(ended) => {
+            // Said before it goes, for those who follow the events.
+            if matches!(record.observed.status, InstanceStatus::Started | InstanceStatus::Running) {
+                next.ended(seen.run, ended);
+            }
+            Some(Action::Destroy)
+        }
         _ => Some(Action::Destroy),
     }
 }

@@ -16,9 +16,9 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{self, DirBuilder, File, OpenOptions},
+    fs::{self, File, OpenOptions},
     io::{self, Read as _, Seek as _, SeekFrom},
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
+    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     process::Stdio,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -235,11 +235,8 @@ impl ProcessEngine {
                 // Deleted behind our back.
                 None => return self.learn(&id, Known::absent()),
             }
-            // Lives, but does not answer: it is about to end, or just begins.
+            // Lives, but does not answer: it is about to end, or just begins. Commands wait meanwhile.
             tokio::time::sleep(Duration::from_millis(20)).await;
-            while let Ok(command) = commands.try_recv() {
-                kill |= command == Command::Kill;
-            }
         }
     }
 
@@ -565,9 +562,7 @@ fn make(spec: &Spec, folder: &Path, owner: Owner) -> Result<(), EngineError> {
 }
 
 fn make_folder(path: &Path, mode: u32) -> Result<(), EngineError> {
-    DirBuilder::new()
-        .recursive(true)
-        .create(path)
+    fs::create_dir_all(path)
         // Not left to the umask: an instance's user must be able to look into some.
         .and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(mode)))
         .map_err(|error| EngineError::io("making the folder", path, error))

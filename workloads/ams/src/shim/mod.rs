@@ -222,7 +222,7 @@ impl Run {
         while let Ok(length) = self.notify.try_recv(&mut datagram) {
             self.hear(&datagram[..length]);
         }
-        conclude(status, stop.is_some(), self.result.take())
+        conclude(status, stop.map(|stop| stop.asked), self.result.take())
     }
 
     fn hear(&mut self, datagram: &[u8]) {
@@ -308,8 +308,13 @@ fn streamer(child: &Child) -> Option<Identity> {
     processes::children(first.pid).into_iter().next()
 }
 
-/// Why the run ended, from the exit status, whether that was asked for, and what the streamer said itself.
-fn conclude(status: io::Result<std::process::ExitStatus>, asked: bool, said: Option<Ended>) -> Ended {
+/// Why the run ended, from the exit status, whether it was stopped (and if so whether it had been asked before it was
+/// killed), and what the streamer said itself.
+fn conclude(
+    status: io::Result<std::process::ExitStatus>,
+    stopped: Option<bool>,
+    said: Option<Ended>,
+) -> Ended {
     use std::os::unix::process::ExitStatusExt as _;
     let failed = |message: String| Ended { reason: EndReason::Failed, message };
     let status = match status {
@@ -317,13 +322,16 @@ fn conclude(status: io::Result<std::process::ExitStatus>, asked: bool, said: Opt
         Err(error) => return failed(format!("waiting for the streamer: {error}")),
     };
     match said {
-        Some(said) if asked && said.reason.is_graceful() => Ended { reason: EndReason::Stopped, ..said },
-        Some(said) if !asked && said.reason.is_graceful() == status.success() => said,
+        Some(said) if stopped.is_some() && said.reason.is_graceful() => {
+            Ended { reason: EndReason::Stopped, ..said }
+        }
+        Some(said) if stopped.is_none() && said.reason.is_graceful() == status.success() => said,
         // What failed while it was stopped is stopped; what says it is fine and then crashes is not.
-        _ if asked => Ended {
+        _ if stopped.is_some() => Ended {
             reason: EndReason::Stopped,
             message: match status.signal() {
-                Some(9) => "killed, because it did not stop in time".into(),
+                Some(9) if stopped == Some(true) => "killed, because it did not stop in time".into(),
+                Some(9) => "killed".into(),
                 _ => "stopped".into(),
             },
         },
@@ -419,23 +427,27 @@ mod tests {
         let signal = std::process::ExitStatus::from_raw;
         let said = |reason| Some(Ended { reason, message: "said".into() });
         use EndReason as E;
-        for (status, asked, said, reason, text) in [
-            (code(0), false, said(E::Idle), E::Idle, "said"),
-            (code(0), false, None, E::Finished, "finished"),
-            (code(0), true, None, E::Stopped, "stopped"),
-            (code(0), true, said(E::Stopped), E::Stopped, "said"),
-            (signal(9), true, None, E::Stopped, "killed"),
-            (code(70), true, said(E::Failed), E::Stopped, "stopped"),
-            (code(70), false, said(E::Failed), E::Failed, "said"),
-            (code(70), false, None, E::Failed, "status 70"),
-            (code(78), false, None, E::Failed, "guest file"),
-            (code(139), false, None, E::Failed, "signal 11"),
-            (signal(9), false, None, E::Failed, "signal 9"),
-            (code(139), false, said(E::Finished), E::Failed, "signal 11"),
-            (code(0), false, said(E::Failed), E::Finished, "finished"),
+        for (status, stopped, said, reason, text) in [
+            (code(0), None, said(E::Idle), E::Idle, "said"),
+            (code(0), None, None, E::Finished, "finished"),
+            (code(0), Some(true), None, E::Stopped, "stopped"),
+            (code(0), Some(true), said(E::Stopped), E::Stopped, "said"),
+            (signal(9), Some(true), None, E::Stopped, "did not stop in time"),
+            (signal(9), Some(false), None, E::Stopped, "killed"),
+            (code(70), Some(true), said(E::Failed), E::Stopped, "stopped"),
+            (code(70), None, said(E::Failed), E::Failed, "said"),
+            (code(70), None, None, E::Failed, "status 70"),
+            (code(78), None, None, E::Failed, "guest file"),
+            (code(139), None, None, E::Failed, "signal 11"),
+            (signal(9), None, None, E::Failed, "signal 9"),
+            (code(139), None, said(E::Finished), E::Failed, "signal 11"),
+            (code(0), None, said(E::Failed), E::Finished, "finished"),
         ] {
-            let ended = conclude(Ok(status), asked, said);
-            assert!(ended.reason == reason && ended.message.contains(text), "{status:?} {asked}: {ended:?}");
+            let ended = conclude(Ok(status), stopped, said);
+            assert!(
+                ended.reason == reason && ended.message.contains(text),
+                "{status:?} {stopped:?}: {ended:?}"
+            );
         }
     }
 }

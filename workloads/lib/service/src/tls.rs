@@ -313,12 +313,32 @@ pub fn write_private(path: &Path, content: &[u8], mode: u32) -> Result<(), TlsEr
 /// The files cannot be read or do not belong together.
 pub fn server_config(files: &KeyFiles) -> Result<Arc<ServerConfig>, TlsError> {
     let provider = Arc::new(aws_lc_rs::default_provider());
-    let resolver = Reloading::new(files.clone(), provider.clone())?;
     let verifier = AnyClient { algorithms: provider.signature_verification_algorithms };
-    let mut config = ServerConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])?
-        .with_client_cert_verifier(Arc::new(verifier))
-        .with_cert_resolver(Arc::new(resolver));
+    configure(files, provider, Some(Arc::new(verifier)))
+}
+
+/// Server settings as [`server_config`] for servers that browsers talk to: no client certificate is asked for.
+/// Chromium cancels a websocket whose server asks, and shows people a choice of certificates elsewhere.
+///
+/// # Errors
+/// The files cannot be read or do not belong together.
+pub fn public_server_config(files: &KeyFiles) -> Result<Arc<ServerConfig>, TlsError> {
+    configure(files, Arc::new(aws_lc_rs::default_provider()), None)
+}
+
+fn configure(
+    files: &KeyFiles,
+    provider: Arc<CryptoProvider>,
+    clients: Option<Arc<dyn ClientCertVerifier>>,
+) -> Result<Arc<ServerConfig>, TlsError> {
+    let resolver = Arc::new(Reloading::new(files.clone(), provider.clone())?);
+    let builder = ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])?;
+    let builder = match clients {
+        Some(verifier) => builder.with_client_cert_verifier(verifier),
+        None => builder.with_no_client_auth(),
+    };
+    let mut config = builder.with_cert_resolver(resolver);
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(Arc::new(config))
 }

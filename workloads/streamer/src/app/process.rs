@@ -25,8 +25,9 @@ use super::{
     rules::Exit,
 };
 
-/// What is handed on from our environment: where programs and their data lie, the language, and how to draw.
-const PASSED: [&str; 14] = [
+/// What is handed on from our environment: where programs, their data and the package lie, the language, and how to
+/// draw.
+const PASSED: &[&str] = &[
     "PATH",
     "LANG",
     "LANGUAGE",
@@ -34,6 +35,8 @@ const PASSED: [&str; 14] = [
     "USER",
     "LOGNAME",
     "SHELL",
+    "APP_DIR",
+    "INSTANCE_TYPE",
     "XDG_DATA_DIRS",
     "XDG_CONFIG_DIRS",
     "LD_LIBRARY_PATH",
@@ -193,7 +196,7 @@ pub fn die_with_us(command: &mut Command) {
 /// The environment of the application.
 fn environment(application: &GuestApplication, setting: &Setting) -> BTreeMap<OsString, OsString> {
     let mut environment: BTreeMap<OsString, OsString> = BTreeMap::new();
-    for name in PASSED {
+    for &name in PASSED {
         if let Some(value) = std::env::var_os(name) {
             environment.insert(name.into(), value);
         }

@@ -107,8 +107,12 @@ impl Rate {
         let bitrate = room.clamp(self.min_bps as f64, self.max_bps as f64);
         // Quality has a floor; below it there are fewer frames of that quality (stream-protocol section 3:
         // the size of the picture never changes).
-        let stretch = (self.min_bps as f64 / room).max(1.0);
-        let interval = self.frame.mul_f64(stretch.min(1e3)).min(SLOWEST.max(self.frame));
+        let stretch = self.min_bps as f64 / room;
+        let interval = if stretch > 1.0 {
+            self.frame.mul_f64(stretch.min(1e3)).min(SLOWEST.max(self.frame))
+        } else {
+            self.frame
+        };
         Pace { bitrate_bps: bitrate as u64, interval }
     }
 }
