@@ -145,7 +145,13 @@ fn wait(connection: &Connection, queue: &mut EventQueue<Window>, timer: Option<I
         }
     };
     if ready {
-        guard.read().context("reading from the compositor")?;
+        match guard.read() {
+            // Half a message: the rest is on its way, and wakes us up again.
+            Err(wayland_client::backend::WaylandError::Io(error)) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            outcome => {
+                outcome.context("reading from the compositor")?;
+            }
+        }
     }
     Ok(())
 }
