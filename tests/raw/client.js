@@ -175,7 +175,9 @@
 
     async answer() {
       const { rejectVideo, answerSdp, early, silent } = this.options;
-      await this.describe({ type: "offer", sdp: this.offer });
+      // The offer names the instance's address as well.
+      const offer = this.options.deaf ? this.offer.replace(/^a=candidate:.*\r\n/gm, "") : this.offer;
+      await this.describe({ type: "offer", sdp: offer });
       if (silent || this.over) return;
       for (const transceiver of rejectVideo ? this.pc.getTransceivers() : []) {
         if (transceiver.receiver.track.kind === "video") transceiver.stop();

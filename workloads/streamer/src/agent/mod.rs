@@ -42,7 +42,7 @@ const LAST_PAUSE: Duration = Duration::from_secs(5);
 /// Pause after the agent said that it does not want us; it may learn better.
 const REFUSED_PAUSE: Duration = Duration::from_secs(15);
 /// How long a closing handshake may hold up the end.
-const GOODBYE_LIMIT: Duration = Duration::from_millis(200);
+const GOODBYE_LIMIT: Duration = Duration::from_millis(500);
 /// Largest message: a link packet with a full frame, as JSON inside JSON.
 const MAX_MESSAGE_BYTES: usize = 2 * 1024 * 1024;
 
@@ -157,8 +157,8 @@ impl Agent {
                     let since = Instant::now();
                     match self.talk(&mut socket, &mut outgoing).await {
                         Ok(()) => {
-                            // The agent learns of the end by the last status; a goodbye is a courtesy.
-                            let _ = tokio::time::timeout(GOODBYE_LIMIT, socket.close(None)).await;
+                            // Without an answer to wait for there is nothing more to do about it.
+                            let _ = tokio::time::timeout(GOODBYE_LIMIT, say_goodbye(&mut socket)).await;
                             return;
                         }
                         Err(reason) => warn!(reason, "the connection to the agent is lost"),
@@ -323,4 +323,12 @@ async fn send(socket: &mut Socket, message: &ToAgent) -> Result<(), String> {
     // An agent that does not read must not hold us for ever.
     let sent = tokio::time::timeout(CONNECT_LIMIT, socket.send(Message::text(text))).await;
     sent.map_err(|_| "the agent does not read".to_owned())?.map_err(|error| error.to_string())
+}
+
+/// Closes the connection from both sides. Leaving while something is unread would reset the connection, and the
+/// agent could lose the last status with it.
+async fn say_goodbye(socket: &mut Socket) {
+    if socket.close(None).await.is_ok() {
+        while let Some(Ok(_)) = socket.next().await {}
+    }
 }

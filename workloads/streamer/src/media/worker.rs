@@ -23,7 +23,9 @@ use fanlight_api::{
     link::Frame,
     signal::ErrorCode,
 };
-use fanlight_rtc::{Event, IceState, MediaKind, Output as PeerOutput, Peer, PeerConfig, Role, VideoCodec};
+use fanlight_rtc::{
+    Event, IceState, MediaKind, Output as PeerOutput, Peer, PeerConfig, PeerError, Role, VideoCodec,
+};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
@@ -494,7 +496,7 @@ impl Worker {
                     Err(error) => Input::Broken {
                         generation,
                         code: ErrorCode::BadRequest,
-                        message: format!("step answer: {error}"),
+                        message: format!("step answer: {}", reason(&error)),
                     },
                 };
                 self.inputs.push_back(input);
@@ -547,12 +549,12 @@ impl Worker {
         let (min_kbps, max_kbps) = encode::limits(width, height, fps);
         let limits = (u64::from(min_kbps) * 1000, u64::from(max_kbps) * 1000);
         let rate = Rate::new(limits.0, limits.1, fps, START_ESTIMATE_BPS);
-        let failed = |error: fanlight_rtc::PeerError| {
+        let failed = |error: PeerError| {
             let code = match plan.role {
                 PeerRole::Offerer => ErrorCode::Internal,
                 PeerRole::Answerer(_) => ErrorCode::BadRequest,
             };
-            (code, format!("step offer: {error}"))
+            (code, format!("step offer: {}", reason(&error)))
         };
         let mut peer = Peer::new(
             PeerConfig {
@@ -672,6 +674,18 @@ impl Worker {
         {
             active.tell(&FanlightNotice::PointerLock { locked });
         }
+    }
+}
+
+/// What a client is told. A parser's own words about a description go no further than our log: they have line
+/// breaks and addresses of our memory in them.
+fn reason(error: &PeerError) -> String {
+    match error {
+        PeerError::BadSdp { what, reason } => {
+            debug!(reason = reason.replace('\n', " "), "{what} is unusable");
+            format!("{what} is no session description that can be used")
+        }
+        other => other.to_string(),
     }
 }
 

@@ -186,7 +186,8 @@ impl Server {
             for link in self.links.values_mut() {
                 while let Some(packet) = link.poll_transmit(now) {
                     let text = serde_json::to_string(&ToStreamer::Link(packet)).expect("JSON");
-                    socket.send(Message::text(text)).await.ok()?;
+                    // A streamer that has said its last word may be gone; its words are still to be read.
+                    let _ = socket.send(Message::text(text)).await;
                 }
             }
             tokio::select! {
