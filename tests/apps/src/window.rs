@@ -147,7 +147,8 @@ fn wait(connection: &Connection, queue: &mut EventQueue<Window>, timer: Option<I
     if ready {
         match guard.read() {
             // Half a message: the rest is on its way, and wakes us up again.
-            Err(wayland_client::backend::WaylandError::Io(error)) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(wayland_client::backend::WaylandError::Io(error))
+                if error.kind() == std::io::ErrorKind::WouldBlock => {}
             outcome => {
                 outcome.context("reading from the compositor")?;
             }

@@ -7,8 +7,7 @@ use fanlight_api::guest::EXIT_BAD_GUEST;
 use tracing_subscriber::EnvFilter;
 
 /// Ours is told, libraries speak only of trouble; an X server that goes away at the end is none.
-const FILTER: &str =
-    "info,str0m=warn,smithay=warn,smithay::utils::x11rb=off,smithay::xwayland::xserver=off";
+const FILTER: &str = "info,str0m=warn,smithay=warn,smithay::utils::x11rb=off,smithay::xwayland::xserver=off";
 
 /// The display, encoder and WebRTC peer of one instance.
 #[derive(Parser)]
