@@ -305,7 +305,7 @@ async fn frames_and_descriptions_that_make_no_sense_end_one_client_and_nothing_e
     ] {
         client.control_text(text).await?;
     }
-    client.control_text(&"y".repeat(200_000)).await?;
+    client.control_text(&"y".repeat(60_000)).await?;
     for slot in 0..50 {
         client.control("input::touch-start", json!({ "id": slot, "x": 5, "y": 5 })).await?;
     }

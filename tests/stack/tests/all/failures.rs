@@ -206,6 +206,8 @@ async fn an_application_that_forks_away_goes_on_until_its_window_closes() -> Res
         Ok(stack.processes_of(&instance).is_empty().then_some(()))
     })
     .await?;
+    stack.session_is_gone(&session).await?;
+    stack.no_instances().await?;
     stack.end().await
 }
 
