@@ -129,6 +129,11 @@ impl State {
         self.folder.join("page")
     }
 
+    /// Ports of the stack that ran last.
+    pub fn ports_note(&self) -> PathBuf {
+        self.folder.join("ports.json")
+    }
+
     /// Digests of the applications registered from folders.
     pub fn applications_note(&self) -> PathBuf {
         self.folder.join("applications.json")

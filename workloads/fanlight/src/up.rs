@@ -70,7 +70,7 @@ pub async fn run(options: &Up) -> Result<()> {
     let names = if address.is_loopback() { Vec::new() } else { vec![address.to_string()] };
     let trust = Trust::ensure(&state.trust(), &names).context("making the certificates")?;
     let ui = options.ui.clone().or_else(installed_page);
-    let ports = bind_ports(options.ports, address)?;
+    let ports = bind_ports(&state, options.ports, address)?;
     let (gateway_url, ams_url) =
         (format!("https://{}", ports.gateway_address), format!("https://{}", ports.ams_address));
     let page = match (&ui, address.is_loopback()) {
@@ -135,20 +135,35 @@ fn installed_page() -> Option<PathBuf> {
     page.join("index.html").is_file().then_some(page)
 }
 
-fn bind_ports(choice: Ports, address: IpAddr) -> Result<BoundPorts> {
+fn bind_ports(state: &State, choice: Ports, address: IpAddr) -> Result<BoundPorts> {
     let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
-    let bind = |what: &str, address: IpAddr, port: u16| -> Result<(TcpListener, SocketAddr)> {
+    // Instances that outlived a kill look for their agent where it was, so free ports are kept from start to start.
+    let before: BTreeMap<String, u16> = match choice {
+        Ports::Fixed => BTreeMap::new(),
+        Ports::Auto => read_optional(&state.ports_note())?
+            .and_then(|text| serde_json::from_str(&text).ok())
+            .unwrap_or_default(),
+    };
+    let mut now = BTreeMap::new();
+    let mut bind = |what: &str, address: IpAddr, port: u16| -> Result<(TcpListener, SocketAddr)> {
+        let kept = before.get(what).and_then(|port| bind_tcp(SocketAddr::new(address, *port)).ok());
         let wanted = SocketAddr::new(address, if choice == Ports::Auto { 0 } else { port });
         let advice = "end what uses it, or choose other ports with --ports auto";
-        let listener =
-            bind_tcp(wanted).with_context(|| format!("opening the port of {what}, {wanted}; {advice}"))?;
+        let listener = match kept {
+            Some(listener) => listener,
+            None => {
+                bind_tcp(wanted).with_context(|| format!("opening the port of {what}, {wanted}; {advice}"))?
+            }
+        };
         let bound = listener.local_addr().with_context(|| format!("opening the port of {what}"))?;
+        now.insert(what.to_owned(), bound.port());
         Ok((listener, bound))
     };
     let (gateway, gateway_address) = bind("the gateway", address, GATEWAY_PORT)?;
     let (page, page_address) = bind("the page", loopback, PAGE_PORT)?;
     let (agent, agent_address) = bind("the agent", loopback, AGENT_PORT)?;
     let (ams, ams_address) = bind("AMS", address, AMS_PORT)?;
+    write_private(&state.ports_note(), &serde_json::to_vec(&now).context("noting the ports")?)?;
     Ok(BoundPorts { gateway, gateway_address, page, page_address, agent, agent_address, ams, ams_address })
 }
 
