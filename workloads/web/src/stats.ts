@@ -35,6 +35,7 @@ export interface Stats {
   loss: number;
   packetsLost: number;
   jitterMs: number | undefined;
+  /** By the browser's rules, to which a picture that stands still for a while is frozen. */
   freezes: number;
   freezeMs: number;
   codec: string | undefined;
@@ -42,7 +43,7 @@ export interface Stats {
   /** Kinds of the addresses in use, e.g. `host → srflx`. */
   path: string | undefined;
   audio: { bitrateKbps: number; level: number | undefined; concealed: number } | undefined;
-  /** Where the time between commit and display goes. */
+  /** Where the time between commit and display goes; of the last second in which frames came. */
   split: Split;
   host: HostStats | undefined;
 }
@@ -170,6 +171,7 @@ export class StatsCollector {
   #presented = { count: 0, at: performance.now() };
   #host: { stats: HostStats; at: number } | undefined;
   #channelRttMs: number | undefined;
+  #split: Split | undefined;
 
   constructor(pc: RTCPeerConnection, report: (stats: Stats) => void, everyMs = 1_000) {
     this.#pc = pc;
@@ -223,10 +225,13 @@ export class StatsCollector {
     const rttMs = icePair === undefined ? this.#channelRttMs : icePair * 1000;
     const lost = Math.max(0, after.packetsLost - before.packetsLost);
     const received = Math.max(0, after.packetsReceived - before.packetsReceived);
-    const host = this.#host && now - this.#host.at < 5_000 ? this.#host.stats : undefined;
+    const host = this.#host && now - this.#host.at < 10_000 ? this.#host.stats : undefined;
     const end = (id: unknown) => text(byId.get(text(id) ?? "")?.["candidateType"]);
     const [local, remote] = [end(pair?.["localCandidateId"]), end(pair?.["remoteCandidateId"])];
     const jitter = number(video?.["jitter"]);
+    const moved = after.framesDecoded > before.framesDecoded;
+    const parts = moved || !this.#split ? split(host, rttMs, before, after, frames) : this.#split;
+    this.#split = parts;
     this.#report({
       at: Date.now(),
       width: number(video?.["frameWidth"]) ?? 0,
@@ -251,7 +256,7 @@ export class StatsCollector {
         level: number(audio["audioLevel"]),
         concealed: number(audio["concealedSamples"]) ?? 0,
       },
-      split: split(host, rttMs, before, after, frames),
+      split: parts,
       host,
     });
   }

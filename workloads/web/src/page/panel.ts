@@ -17,11 +17,11 @@ export function lines(stats: Stats): [label: string, value: string][] {
   return [
     ["Picture", `${stats.width} × ${stats.height}${stats.codec ? `, ${stats.codec}` : ""}`],
     ["Frames", `${stats.fps.toFixed(0)} fps decoded, ${stats.displayedFps.toFixed(0)} shown`],
-    ["Bitrate", rate(stats.bitrateKbps) + (host ? ` of ${rate(host.estimate_kbps)} possible` : "")],
+    ["Bitrate", rate(stats.bitrateKbps)],
+    ["Possible bitrate", host ? rate(host.estimate_kbps) : "–"],
     ["Round trip", ms(stats.rttMs)],
     ["Loss", `${(stats.loss * 100).toFixed(1)} % (${stats.packetsLost} packets)`],
     ["Jitter", ms(stats.jitterMs)],
-    ["Freezes", `${stats.freezes}, ${(stats.freezeMs / 1000).toFixed(1)} s`],
     ["Sound", audio ? rate(audio.bitrateKbps) : "none"],
     ["Encoder", host?.encoder ?? "–"],
     ["Decoder", stats.decoder ?? "–"],
