@@ -176,7 +176,7 @@ export function player(options: PlayerOptions): View {
         "div",
         { class: "message", data: { reason: ended.reason } },
         h("h2", {}, canContinue ? "The stream goes on elsewhere" : "The stream ended"),
-        h("p", {}, ended.message),
+        h("p", {}, sentence(ended.message)),
         h(
           "div",
           { class: "actions" },
