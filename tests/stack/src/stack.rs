@@ -84,9 +84,22 @@ impl Stack {
     /// # Errors
     /// It does not start.
     pub async fn start(applications: &[Application], options: &[&str]) -> Result<Self> {
+        Self::start_with(applications, options, |_| Ok(())).await
+    }
+
+    /// Starts a stack after its folder was prepared; the state will be in `state` below it.
+    ///
+    /// # Errors
+    /// The preparation fails, or the stack does not start.
+    pub async fn start_with(
+        applications: &[Application],
+        options: &[&str],
+        prepare: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("fl-").tempdir().context("making a folder")?;
         // Instances run from below it as another user.
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o711))?;
+        prepare(folder.path())?;
         write_applications(&folder.path().join("applications"), applications)?;
         let options = options.iter().map(|option| (*option).to_owned()).collect::<Vec<_>>();
         let (process, variables) = launch(folder.path(), &options).await?;
@@ -131,6 +144,23 @@ impl Stack {
         let ended = self.ams.get(&format!("{operation}/wait?timeout=60")).await?.expect(200)?;
         ensure!(ended.metadata()["status_code"] == 200, "the operation failed: {}", ended.text);
         Ok(())
+    }
+
+    /// Runs a command of `fanlight` against this stack, such as `account list`; what it prints.
+    ///
+    /// # Errors
+    /// It fails.
+    pub async fn command(&self, words: &[&str], arguments: &[&str]) -> Result<String> {
+        let output = Command::new(programs()?.join("fanlight"))
+            .args(words)
+            .arg("--state")
+            .arg(self.state())
+            .args(arguments)
+            .output()
+            .await
+            .context("running fanlight")?;
+        ensure!(output.status.success(), "fanlight {words:?}: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8(output.stdout)?.trim().to_owned())
     }
 
     /// State folder.

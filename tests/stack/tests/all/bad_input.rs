@@ -6,6 +6,7 @@ use fanlight_tests_stack::{
     client::{Client, Habits},
     rest::Socket,
     stack::{Stack, pattern},
+    until,
 };
 use futures_util::{SinkExt, StreamExt};
 use reqwest::Method;
@@ -227,6 +228,50 @@ async fn tokens_that_are_wrong_foreign_or_used_open_nothing() -> Result<()> {
         stack.gateway.delete(&format!("/1.0/sessions/{id}")).await?.expect(200)?;
         stack.session_is_gone(&id).await?;
     }
+    stack.end().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn accounts_end_with_their_time_or_deletion_and_may_do_what_they_are_for() -> Result<()> {
+    let stack = Stack::start(&[pattern()], &[]).await?;
+    let refused = |token: String, what: &'static str| {
+        let server = stack.gateway.with_token(Some(&token));
+        async move {
+            until(what, SOON, || async {
+                let answer = server.get("/1.0/applications").await?;
+                Ok((answer.status == 401).then_some(()))
+            })
+            .await
+        }
+    };
+
+    let brief = stack.command(&["account", "create"], &["brief", "--expires-in", "1s"]).await?;
+    refused(brief, "an expired token is refused").await?;
+
+    let gone = stack.command(&["account", "create"], &["gone"]).await?;
+    stack.gateway.with_token(Some(&gone)).get("/1.0/applications").await?.expect(200)?;
+    stack.command(&["account", "delete"], &["gone"]).await?;
+    refused(gone, "the token of a deleted account is refused").await?;
+
+    // An account that may only launch has its own sessions and sees no others.
+    let token = stack.command(&["account", "create"], &["page", "--launch-only"]).await?;
+    let page = stack.gateway.with_token(Some(&token));
+    let (other, _) = stack.create("pattern", json!({})).await?;
+    let created = page.post("/1.0/sessions", json!({ "app": "pattern" })).await?.expect(201)?;
+    let own = created.metadata()["id"].as_str().context("no id")?.to_owned();
+    let list = page.get("/1.0/sessions").await?.expect(200)?;
+    ensure!(list.metadata() == &json!([own]), "it sees {}", list.text);
+    let others = format!("/1.0/sessions/{other}");
+    for answer in [
+        page.get(&others).await?,
+        page.delete(&others).await?,
+        page.post(&format!("{others}/join"), json!({})).await?,
+    ] {
+        ensure!([403, 404].contains(&answer.status), "somebody else's session: {}", answer.text);
+    }
+    stack.session_is(&other, "active", BOOT).await?;
+    page.delete(&format!("/1.0/sessions/{own}")).await?.expect(200)?;
+    stack.session_is_gone(&own).await?;
     stack.end().await
 }
 

@@ -1,7 +1,13 @@
 //! Anything may be killed at any moment: streams go on where they can, nothing is left where they cannot, and the
 //! next start finds what was there.
 
-use std::time::Duration;
+use std::{
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
 
 use anyhow::{Context, Result, ensure};
 use fanlight_tests_stack::{
@@ -134,6 +140,93 @@ async fn sessions_and_tokens_survive_a_restart_in_good_order() -> Result<()> {
     ensure!(found["app"] == "pattern", "{found}");
     let answer = stack.gateway.get("/1.0/applications").await?.expect(200)?;
     ensure!(answer.text.contains("pattern"), "{}", answer.text);
+    stack.end().await
+}
+
+/// A small disk of its own, unmounted in the end with the folder around it.
+struct Disk {
+    folder: PathBuf,
+}
+
+impl Disk {
+    fn mount(folder: &Path, megabytes: u32) -> Result<Self> {
+        fs::create_dir_all(folder)?;
+        let output = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={megabytes}m,mode=711"), "tmpfs"])
+            .arg(folder)
+            .output()
+            .context("running mount")?;
+        ensure!(
+            output.status.success(),
+            "mounting a small disk, which only root may: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        Ok(Self { folder: folder.to_owned() })
+    }
+
+    /// Writes until nothing more fits; the file that takes the room.
+    fn fill(&self) -> Result<PathBuf> {
+        let path = self.folder.join("filler");
+        let mut file = fs::File::create(&path)?;
+        for piece in [1 << 20, 4096, 1] {
+            let bytes = vec![1_u8; piece];
+            while file.write_all(&bytes).is_ok() {}
+        }
+        Ok(path)
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // Best effort: processes that were just killed may still hold it, and it is gone with the last of them.
+        let _ = Command::new("umount").arg("--lazy").arg(&self.folder).status();
+        let _ = self.folder.parent().map(fs::remove_dir_all);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_stops_new_work_with_a_reason_and_running_streams_go_on() -> Result<()> {
+    let mut disk = None;
+    let stack = Stack::start_with(&[pattern()], &[], |folder| {
+        disk = Some(Disk::mount(&folder.join("state"), 128)?);
+        Ok(())
+    })
+    .await?;
+    let disk = disk.context("the disk was not mounted")?;
+    let (running, url) = stack.create("pattern", json!({})).await?;
+    let client = Client::connect(&stack.gateway, &url, Habits::default()).await?;
+    client.streaming().await?;
+    stack.session_is(&running, "active", BOOT).await?;
+
+    let filler = disk.fill()?;
+    client.more_frames(60).await?;
+    // Where records still find room in their file it is the instance that has none.
+    let answer = stack.gateway.post("/1.0/sessions", json!({ "app": "pattern" })).await?;
+    if answer.status == 201 {
+        let session = answer.metadata()["id"].as_str().context("no id")?.to_owned();
+        let found = stack.session_is(&session, "error", BOOT).await?;
+        ensure!(found["status_message"] != "", "no reason is given: {found}");
+        fs::remove_file(&filler)?;
+        stack.gateway.delete(&format!("/1.0/sessions/{session}")).await?.expect(200)?;
+        stack.session_is_gone(&session).await?;
+    } else {
+        ensure!(answer.status >= 500 && !answer.error().is_empty(), "{} {}", answer.status, answer.text);
+        fs::remove_file(&filler)?;
+    }
+    client.more_frames(30).await?;
+
+    // With room again everything works as before, and what was there still is.
+    let (session, url) = until("a session is made again", BOOT, || async {
+        stack.create("pattern", json!({})).await.map(Some)
+    })
+    .await?;
+    let next = Client::connect(&stack.gateway, &url, Habits::default()).await?;
+    next.streaming().await?;
+    for session in [running, session] {
+        stack.session_is(&session, "active", BOOT).await?;
+        stack.gateway.delete(&format!("/1.0/sessions/{session}")).await?.expect(200)?;
+        stack.session_is_gone(&session).await?;
+    }
     stack.end().await
 }
 

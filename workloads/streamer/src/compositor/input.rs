@@ -7,13 +7,18 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use smithay::{
     backend::input::{Axis, AxisSource, ButtonState, KeyState, Keycode, TouchSlot},
+    desktop::PopupManager,
     input::{
         keyboard::{FilterResult, KeyboardHandle, Keysym, XkbConfig, xkb},
         pointer::{AxisFrame, ButtonEvent, MotionEvent, PointerHandle, RelativeMotionEvent},
         touch::{DownEvent, MotionEvent as TouchMotionEvent, TouchHandle, UpEvent},
     },
+    reexports::wayland_server::protocol::wl_surface::WlSurface,
     utils::{Logical, Point, SERIAL_COUNTER},
-    wayland::pointer_constraints::{PointerConstraint, with_pointer_constraint},
+    wayland::{
+        compositor::get_parent,
+        pointer_constraints::{PointerConstraint, with_pointer_constraint},
+    },
 };
 use tracing::{debug, warn};
 
@@ -24,6 +29,10 @@ use super::{
 
 /// The offset between the kernel's key codes and xkb's (an X11 inheritance).
 const XKB_OFFSET: u32 = 8;
+/// Keys that type characters, space and Enter: KEY_1 to KEY_SPACE, and the one beside the left Shift.
+const MAIN_BLOCK: std::ops::RangeInclusive<u32> = 2..=57;
+const KEY_102ND: u32 = 86;
+const KEY_LEFTSHIFT: u32 = 42;
 /// The largest evdev key code, KEY_MAX of linux/input-event-codes.h.
 const KEY_MAX: u32 = 0x2ff;
 /// Touch points at once; more are ignored.
@@ -266,10 +275,11 @@ impl State {
         let location = layout::clamp_to_output(point, self.size);
         self.held.touches.insert(slot, location);
         let touch = self.touch();
+        let under = self.under(location).map(|(_, surface, at)| (surface, at));
+        self.dismiss_popups(under.as_ref().map(|(surface, _)| surface));
         if !touch.is_grabbed() {
             self.focus_under(location);
         }
-        let under = self.under(location).map(|(_, surface, at)| (surface, at));
         let event = DownEvent {
             slot: Some(slot).into(),
             location,
@@ -336,14 +346,45 @@ impl State {
         self.keyboard().set_xkb_config(self, config)
     }
 
-    /// Types `text` with a keymap made for it: the layout may not have these characters, and nobody has to know which
-    /// modifiers it would take. The keymap of the layout comes back afterwards.
+    /// Types `text`: with the keys of the layout what it has, the rest with a keymap made for it, after which the
+    /// layout's comes back. (X11 applications look up a changed keymap late and may miss such characters.)
     fn type_text(&mut self, text: &str) {
-        // Held keys would be released under another keymap than they were pressed.
+        // What is held would change what is typed, or be released under another keymap than it was pressed.
         for code in std::mem::take(&mut self.held.keys) {
             self.key(code, false);
         }
         let keysyms: Vec<Keysym> = text.chars().take(TEXT).filter_map(keysym).collect();
+        if self.typing.as_ref().is_none_or(|(layout, _)| *layout != self.layout) {
+            self.typing = Some((self.layout.clone(), plain_keys(&self.layout)));
+        }
+        // With caps lock the keys of the layout do not type what they say.
+        let caps = self.keyboard().modifier_state().caps_lock;
+        let known = self.typing.as_ref().map(|(_, keys)| keys.clone()).filter(|_| !caps).unwrap_or_default();
+        for run in keysyms.chunk_by(|a, b| known.contains_key(&a.raw()) == known.contains_key(&b.raw())) {
+            if known.contains_key(&run[0].raw()) {
+                for (code, shift) in run.iter().filter_map(|keysym| known.get(&keysym.raw())) {
+                    self.press(*code, *shift);
+                }
+            } else {
+                self.type_foreign(run);
+            }
+        }
+        debug!(characters = keysyms.len(), "typed text");
+    }
+
+    fn press(&mut self, code: u32, shift: bool) {
+        if shift {
+            self.key(KEY_LEFTSHIFT, true);
+        }
+        self.key(code, true);
+        self.key(code, false);
+        if shift {
+            self.key(KEY_LEFTSHIFT, false);
+        }
+    }
+
+    /// Types what the layout does not have.
+    fn type_foreign(&mut self, keysyms: &[Keysym]) {
         for part in keysyms.chunks(text_keymap::KEYS) {
             let (keymap, codes) = text_keymap::build(part);
             if let Err(error) = self.keyboard().set_keymap_from_string(self, keymap) {
@@ -351,18 +392,60 @@ impl State {
                 break;
             }
             for code in codes {
-                self.key(code, true);
-                self.key(code, false);
+                self.press(code, false);
             }
         }
-        if !keysyms.is_empty() {
-            let layout = self.layout.clone();
-            if let Err(error) = self.load_layout(&layout) {
-                warn!(layout, %error, "the keyboard layout cannot be loaded again");
-            }
+        let layout = self.layout.clone();
+        if let Err(error) = self.load_layout(&layout) {
+            warn!(layout, %error, "the keyboard layout cannot be loaded again");
         }
-        debug!(characters = keysyms.len(), "typed text");
     }
+
+    /// A finger outside of open popups closes them, as a click does by smithay's grab.
+    fn dismiss_popups(&mut self, touched: Option<&WlSurface>) {
+        let (keyboard, pointer) = (self.keyboard(), self.pointer());
+        if !keyboard.is_grabbed() {
+            return;
+        }
+        let root = |surface: &WlSurface| {
+            let mut root = surface.clone();
+            while let Some(parent) = get_parent(&root) {
+                root = parent;
+            }
+            root
+        };
+        if touched.is_some_and(|surface| self.popups.find_popup(&root(surface)).is_some()) {
+            return;
+        }
+        for window in self.windows.items().filter(|window| window.toplevel().is_some()) {
+            let Some(surface) = window.surface() else { continue };
+            for (popup, _) in PopupManager::popups_for_surface(&surface) {
+                if let Err(error) = PopupManager::dismiss_popup(&surface, &popup) {
+                    debug!(%error, "a popup was gone already");
+                }
+            }
+        }
+        keyboard.unset_grab(self);
+        pointer.unset_grab(self, SERIAL_COUNTER.next_serial(), self.now_ms());
+    }
+}
+
+/// The keys of `layout`'s main block that type a character alone or with Shift: keysym to evdev code and Shift.
+fn plain_keys(layout: &str) -> BTreeMap<u32, (u32, bool)> {
+    let (name, variant) = split_layout(layout);
+    let context = xkb::Context::new(xkb::CONTEXT_NO_FLAGS);
+    let flags = xkb::KEYMAP_COMPILE_NO_FLAGS;
+    let mut keys = BTreeMap::new();
+    let keymap = xkb::Keymap::new_from_names(&context, "evdev", "pc105", name, variant, None, flags);
+    let Some(keymap) = keymap else { return keys };
+    for (level, shift) in [(0, false), (1, true)] {
+        for code in MAIN_BLOCK.chain([KEY_102ND]) {
+            if let [keysym] = keymap.key_get_syms_by_level((code + XKB_OFFSET).into(), 0, level) {
+                keys.entry(keysym.raw()).or_insert((code, shift));
+            }
+        }
+    }
+    keys
 }
 
 /// The key symbol that types `character`; none for control characters that no key has.
@@ -376,6 +459,29 @@ fn keysym(character: char) -> Option<Keysym> {
         other => xkb::utf32_to_keysym(u32::from(other)),
     };
     (keysym != Keysym::NoSymbol).then_some(keysym)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plain_keys_are_those_of_the_layout() {
+        for (layout, character, expected) in [
+            ("us", 'a', Some((30, false))),
+            ("us", 'Z', Some((44, true))),
+            ("de", 'z', Some((21, false))),
+            ("us", ' ', Some((57, false))),
+            ("us", '\n', Some((28, false))),
+            ("us", 'ß', None),
+            ("de", 'ß', Some((12, false))),
+            ("de", '@', None),
+            ("no such layout", 'a', None),
+        ] {
+            let keysym = keysym(character).expect("a character");
+            assert_eq!(plain_keys(layout).get(&keysym.raw()).copied(), expected, "{character:?} on {layout}");
+        }
+    }
 }
 
 /// Keymaps in which every key types one character, with no modifiers.

@@ -4,6 +4,7 @@
 //! does what follows from it once per turn of the loop.
 
 use std::{
+    collections::BTreeMap,
     io,
     panic::AssertUnwindSafe,
     sync::{
@@ -118,6 +119,8 @@ pub(super) struct State {
     pub seat: Seat<State>,
     pub held: Held,
     pub layout: String,
+    /// The keys that type characters in the layout named with them.
+    pub typing: Option<(String, BTreeMap<u32, (u32, bool)>)>,
     pub cursor: CursorTracker,
     pub pointer_locked: bool,
     pub drag_icon: Option<WlSurface>,
@@ -232,6 +235,7 @@ impl State {
             seat,
             held: Held::default(),
             layout,
+            typing: None,
             cursor: CursorTracker::new(),
             pointer_locked: false,
             drag_icon: None,

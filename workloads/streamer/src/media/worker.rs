@@ -56,6 +56,9 @@ const HEADROOM: f64 = 1.4;
 const FULL: Duration = Duration::from_millis(120);
 /// How often a full pacer is looked at again.
 const FULL_CHECK: Duration = Duration::from_millis(10);
+/// Key frames that nobody asked for, counted from the connection, until the client has shown that it sees something.
+/// A client may lose the first one because its own side of the handshake is a moment later, and some never ask.
+const NUDGES: [Duration; 2] = [Duration::from_millis(300), Duration::from_millis(1500)];
 const STATS_EVERY: Duration = Duration::from_secs(1);
 /// The goodbye is said again after this: nobody acknowledges it, and losing it costs the client 18 s.
 const FAREWELL_AGAIN: Duration = Duration::from_millis(40);
@@ -164,6 +167,8 @@ struct Active {
     rate: Rate,
     limits: (u64, u64),
     keys: KeyLimit,
+    /// Key frames that are still to be sent unasked, the next one first.
+    nudges: VecDeque<Instant>,
     deadline: Instant,
     connected: bool,
     held: bool,
@@ -310,6 +315,7 @@ impl Worker {
             self.core.deadline(),
             active.map(|active| active.deadline),
             active.and_then(|active| active.keys.deadline()),
+            active.and_then(|active| active.nudges.front().copied()),
             active.and_then(|active| active.stats_at),
             active.filter(|active| active.held).map(|_| Instant::now() + FULL_CHECK),
             self.farewells.iter().map(|farewell| farewell.at).min(),
@@ -335,7 +341,11 @@ impl Worker {
         if active.deadline <= now {
             active.peer.handle_timeout(now);
         }
-        if active.keys.due(now) {
+        let nudged = active.nudges.front().is_some_and(|at| *at <= now);
+        if nudged {
+            active.nudges.pop_front();
+        }
+        if active.keys.due(now) || (nudged && active.keys.ask(now)) {
             self.config.video.key();
         }
         if active.held {
@@ -401,7 +411,7 @@ impl Worker {
                     self.config.video.hold(true);
                 }
                 active.stats_at.get_or_insert(now + STATS_EVERY);
-                self.drained();
+                self.drained(now);
             }
             Encoded::Opened { generation, name } if generation == active.generation => active.encoder = name,
             Encoded::Failed { generation, message } if generation == active.generation => {
@@ -422,7 +432,7 @@ impl Worker {
             if let Some(active) = &mut self.active {
                 active.drain(now, &self.config.socket, &mut self.inputs);
             }
-            self.drained();
+            self.drained(now);
             let Some(input) = self.inputs.pop_front() else { return };
             self.core.handle(now, input);
             while let Some(output) = self.core.poll_output() {
@@ -432,7 +442,7 @@ impl Worker {
     }
 
     /// What follows from events of the peer for the other parts.
-    fn drained(&mut self) {
+    fn drained(&mut self, now: Instant) {
         let Some(active) = &mut self.active else { return };
         for news in std::mem::take(&mut active.news) {
             let Some(active) = &mut self.active else { return };
@@ -440,6 +450,7 @@ impl Worker {
                 News::Connected => {
                     active.connected = true;
                     if active.plan.video {
+                        active.nudges = NUDGES.iter().map(|after| now + *after).collect();
                         let (min_bps, max_bps) = active.limits;
                         self.config.video.start(Order {
                             generation: active.generation,
@@ -602,6 +613,7 @@ impl Worker {
             rate,
             limits,
             keys: KeyLimit::default(),
+            nudges: VecDeque::new(),
             deadline: now,
             connected: false,
             held: false,
@@ -733,6 +745,8 @@ impl Active {
                 tell(PeerEvent::Interrupted);
             }
             Event::KeyframeRequested => {
+                // It knows how to ask.
+                self.nudges.clear();
                 if self.keys.ask(now) {
                     self.news.push(News::Key);
                 }
@@ -755,7 +769,10 @@ impl Active {
                     Asked::Disconnect => tell(PeerEvent::Left),
                 },
                 FANLIGHT_CHANNEL => match serde_json::from_slice(&data) {
-                    Ok(FanlightRequest::FirstFrame { .. }) => tell(PeerEvent::FirstFrame),
+                    Ok(FanlightRequest::FirstFrame { .. }) => {
+                        self.nudges.clear();
+                        tell(PeerEvent::FirstFrame);
+                    }
                     Ok(FanlightRequest::Layout { layout }) => {
                         let usable = |c: char| c.is_ascii_alphanumeric() || "_-()".contains(c);
                         if layout.len() <= 64 && layout.chars().all(usable) {
