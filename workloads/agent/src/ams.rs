@@ -8,6 +8,7 @@ use fanlight_api::{
     bus::Launch,
 };
 use fanlight_client::{ClientError, Signal};
+use http::StatusCode;
 use tokio::time::Instant;
 
 use crate::{
@@ -256,13 +257,16 @@ async fn ask(agent: &Arc<Agent>, launch: &Launch) -> Result<Operation, LaunchFai
         reached = true;
         match agent.ams.launch(&request, true, Some(&key)).await {
             Ok(operation) => return Ok(operation),
+            // A full disk is not emptied within a user's patience; another cluster may have room.
+            Err(ClientError::Refused { status, text, .. })
+                if status.is_client_error() || status == StatusCode::INSUFFICIENT_STORAGE =>
+            {
+                return Err(LaunchFailure { text, certain: true });
+            }
             Err(error) if error.is_transient() && Instant::now() < deadline => {
                 tracing::warn!(session.id = %session, "launching session {session} is tried again: {}", error.chain());
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(LAST_RETRY);
-            }
-            Err(ClientError::Refused { status, text, .. }) if status.is_client_error() => {
-                return Err(LaunchFailure { text, certain: true });
             }
             Err(error) => return Err(LaunchFailure { text: error.chain(), certain: false }),
         }

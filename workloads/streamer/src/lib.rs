@@ -4,7 +4,7 @@
 //! [`compositor`] is the display, [`encode`] makes coded pictures of it, `media` owns the one UDP port and the
 //! peer, `session` decides who may have the stream and when nobody is left, `audio` and `app` look after the
 //! sound server and the application, `agent` keeps the way to the rest of Fanlight, and [`run`] puts them
-//! together. What an instance may see of its host, and who starts it, is left to the instance engine.
+//! together; [`x11_on_demand`] keeps Xwayland away until it is needed. What an instance may see of its host, and who starts it, is left to the instance engine.
 
 mod agent;
 mod app;
@@ -16,5 +16,6 @@ mod media;
 mod notify;
 mod run;
 mod session;
+pub mod x11_on_demand;
 
 pub use run::run;

@@ -4,6 +4,7 @@ use std::{io::IsTerminal as _, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 use fanlight_api::guest::EXIT_BAD_GUEST;
+use fanlight_streamer::x11_on_demand;
 use tracing_subscriber::EnvFilter;
 
 /// Ours is told, libraries speak only of trouble; an X server that goes away at the end is none.
@@ -24,6 +25,10 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    let mut arguments = std::env::args_os();
+    if x11_on_demand::is_wanted(arguments.next().as_deref()) {
+        return x11_on_demand::run(arguments).into();
+    }
     // First of all: the application has the same user id and must not read our memory or environment.
     let hidden = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
     // What libraries say first; a more particular filter of the environment wins.
@@ -32,6 +37,8 @@ fn main() -> ExitCode {
         .with_env_filter(EnvFilter::new(format!("{FILTER},{wanted}")))
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
+        // It would say so on standard error too, and panic when nobody can take it.
+        .log_internal_errors(false)
         .init();
     if let Err(error) = hidden {
         tracing::warn!(%error, "the application might read the streamer's memory");

@@ -30,7 +30,7 @@ use crate::{
     agent::{Agent, Incoming, Outgoing},
     app::{self, Application, Log, Next, Rules, Setting},
     audio::{Capture, Server, ServerConfig},
-    compositor::{self, Compositor, Event},
+    compositor::{self, Compositor, Event, Xwayland},
     encode::EncoderKind,
     media::{self, Command, MediaSocket, Notice, Video, mailbox},
     notify::Notify,
@@ -205,7 +205,13 @@ impl Instance {
             height: guest.display.height,
             fps: guest.display.fps,
             runtime_dir: folders.runtime.clone(),
-            xwayland: true,
+            xwayland: match std::env::current_exe() {
+                Ok(program) => Xwayland::OnDemand(program),
+                Err(error) => {
+                    warn!(%error, "Xwayland runs from the beginning: our own program is not found");
+                    Xwayland::AtOnce
+                }
+            },
             keyboard_layout: "us".into(),
         };
         let compositor = Compositor::start(display, move |event| match event {
@@ -220,6 +226,7 @@ impl Instance {
         let server = ServerConfig { folder: folders.sound.clone() };
         let pulse_server = server.address();
         let to_media = media.clone();
+        let sound = Server::start(server);
         let capture = Capture::start(pulse_server.clone(), move |packet| {
             to_media.send(Command::Audio { captured: packet.captured, packet: packet.data });
         });
@@ -286,7 +293,7 @@ impl Instance {
             extra_data,
         };
         Ok(Self {
-            sound: Server::start(server),
+            sound,
             guest,
             compositor,
             video,

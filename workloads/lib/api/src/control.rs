@@ -289,6 +289,19 @@ pub enum FanlightRequest {
         #[serde(default)]
         ms: f64,
     },
+    /// How long decoded pictures waited for the client's display, at most twice a second. With it the instance draws
+    /// just before the display's refresh.
+    Shown {
+        /// 10th percentile, milliseconds.
+        low_ms: f64,
+        /// Median, milliseconds.
+        mid_ms: f64,
+        /// 90th percentile, milliseconds.
+        high_ms: f64,
+        /// Pictures that were counted.
+        #[serde(default)]
+        frames: u32,
+    },
     /// Keyboard layout that the instance shall use.
     Layout {
         /// Name of an XKB layout, such as `us` or `de`.

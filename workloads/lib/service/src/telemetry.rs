@@ -46,6 +46,8 @@ pub fn init(format: Format, default_filter: &str) -> Result<(), TelemetryError> 
     let builder = tracing_subscriber::fmt()
         .with_env_filter(parsed)
         .with_writer(std::io::stderr)
+        // It would say so on standard error too, and panic on a full disk.
+        .log_internal_errors(false)
         .with_ansi(terminal && format == Format::Text);
     // The error says that somebody was here before, which is what we want then.
     let _ = match format {

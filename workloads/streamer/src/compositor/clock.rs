@@ -65,6 +65,14 @@ impl FrameClock {
         self.next_callbacks = None;
     }
 
+    /// Moves the grid of frame callbacks by `by_ms` milliseconds, at most an interval; later is positive.
+    pub fn shift(&mut self, by_ms: f64) {
+        let by = Duration::from_secs_f64((by_ms.abs() / 1e3).min(self.interval.as_secs_f64()));
+        self.next_callbacks = self
+            .next_callbacks
+            .and_then(|next| if by_ms < 0.0 { next.checked_sub(by) } else { Some(next + by) });
+    }
+
     /// Whether frames are wanted. Becoming active shows the current content at once.
     pub fn set_active(&mut self, active: bool, now: Instant) {
         if active && !self.active {
@@ -168,6 +176,22 @@ mod tests {
     use super::*;
 
     const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn a_shift_moves_all_frames_that_follow() {
+        let start = Instant::now();
+        for by_ms in [5.0, -5.0] {
+            let mut clock = FrameClock::new(100);
+            clock.set_active(true, start);
+            let first = run_paced_client(&mut clock, start, 100 * MS, |_| 2 * MS);
+            clock.shift(by_ms);
+            let (last, more) = (start + 100 * MS, 100 * MS);
+            let second = run_paced_client(&mut clock, last, more, |_| 2 * MS);
+            let phase = |frames: &[Instant]| (frames[5] - start).as_secs_f64() * 1e3 % 10.0;
+            let moved = (phase(&second) - phase(&first)).rem_euclid(10.0);
+            assert!((moved - by_ms.rem_euclid(10.0)).abs() < 0.01, "{by_ms}: {moved}");
+        }
+    }
 
     /// Runs `clock` for `span` with a client that commits `draw` after every callback; returns the times of frames.
     fn run_paced_client(

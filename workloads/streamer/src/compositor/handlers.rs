@@ -391,7 +391,10 @@ impl SelectionHandler for State {
     type SelectionUserData = ();
 
     fn new_selection(&mut self, target: SelectionTarget, source: Option<SelectionSource>, _: Seat<Self>) {
-        self.offer_to_x11(target, source.map(|source| source.mime_types()));
+        let mime_types = source.map(|source| source.mime_types());
+        self.offered.retain(|(other, _)| *other != target);
+        self.offered.extend(mime_types.clone().map(|mime_types| (target, mime_types)));
+        self.offer_to_x11(target, mime_types);
     }
 
     fn send_selection(

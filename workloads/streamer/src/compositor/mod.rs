@@ -67,10 +67,21 @@ pub struct Config {
     pub fps: u32,
     /// Directory for the socket, the applications' `XDG_RUNTIME_DIR`; created with mode 0700 if it is missing.
     pub runtime_dir: PathBuf,
-    /// Whether X11 applications can be shown.
-    pub xwayland: bool,
+    /// Whether and when Xwayland runs.
+    pub xwayland: Xwayland,
     /// xkb layout, with an optional variant: "us", "de(nodeadkeys)". An unknown one is taken as "us".
     pub keyboard_layout: String,
+}
+
+/// How X11 applications are served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Xwayland {
+    /// Not at all.
+    Never,
+    /// Xwayland starts with the compositor.
+    AtOnce,
+    /// The program at this path waits in its place ([`crate::x11_on_demand`]) until an application connects.
+    OnDemand(PathBuf),
 }
 
 /// What happens in the compositor. Events come from its thread: whoever takes them must not block.
@@ -151,6 +162,7 @@ enum Command {
     Resize { width: u32, height: u32, fps: u32 },
     SetActive(bool),
     Refresh,
+    Shift(f64),
     SetKeyboardLayout(String),
     Stop,
 }
@@ -228,6 +240,11 @@ impl Compositor {
     /// Asks for a whole frame even if nothing changed; it comes within the rate, while active.
     pub fn refresh(&self) {
         self.0.send(Command::Refresh);
+    }
+
+    /// Moves the grid on which applications are asked to draw by `by_ms` milliseconds; later is positive.
+    pub fn shift(&self, by_ms: f64) {
+        self.0.send(Command::Shift(by_ms));
     }
 
     /// Changes the keyboard layout; an unknown one changes nothing.
@@ -356,8 +373,8 @@ fn prepare(
         ("XDG_RUNTIME_DIR".to_owned(), config.runtime_dir.to_string_lossy().into_owned()),
         ("XDG_SESSION_TYPE".to_owned(), "wayland".to_owned()),
     ];
-    if config.xwayland {
-        match state.start_x11(&config.runtime_dir) {
+    if config.xwayland != Xwayland::Never {
+        match state.start_x11(&config.runtime_dir, &config.xwayland) {
             Ok(()) => {
                 let display = state.x11.as_ref().map(|x11| format!(":{}", x11.display()));
                 environment.extend(display.map(|display| ("DISPLAY".to_owned(), display)));
@@ -417,6 +434,7 @@ fn obey(state: &mut State, command: Command) {
         Command::Resize { width, height, fps } => state.resize(width, height, fps),
         Command::SetActive(active) => state.set_active(active),
         Command::Refresh => state.refresh(),
+        Command::Shift(by_ms) => state.clock.shift(by_ms),
         Command::SetKeyboardLayout(layout) => state.set_keyboard_layout(&layout),
         Command::Stop => state.stopping = true,
     }

@@ -46,7 +46,9 @@ use smithay::{
         pointer_constraints::PointerConstraintsState,
         presentation::{PresentationState, Refresh},
         relative_pointer::RelativePointerManagerState,
-        selection::{data_device::DataDeviceState, primary_selection::PrimarySelectionState},
+        selection::{
+            SelectionTarget, data_device::DataDeviceState, primary_selection::PrimarySelectionState,
+        },
         shell::xdg::{SurfaceCachedState, XdgShellState, decoration::XdgDecorationState},
         shm::ShmState,
         single_pixel_buffer::SinglePixelBufferState,
@@ -144,6 +146,8 @@ pub(super) struct State {
     failures: u32,
 
     pub x11: Option<Xwayland>,
+    /// Selections of Wayland clients, for an X server that starts later.
+    pub offered: Vec<(SelectionTarget, Vec<String>)>,
     clients: Arc<AtomicUsize>,
     told_clients: (usize, usize),
     /// Clients of the last turn.
@@ -253,6 +257,7 @@ impl State {
             first_window: false,
             failures: 0,
             x11: None,
+            offered: Vec::new(),
             clients: Arc::default(),
             told_clients: (0, 0),
             served: Vec::new(),

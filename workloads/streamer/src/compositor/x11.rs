@@ -6,9 +6,11 @@
 
 use std::{
     collections::BTreeSet,
+    ffi::OsString,
     fs::DirBuilder,
     io::{self, PipeReader, Read as _},
     os::{fd::OwnedFd, unix::fs::DirBuilderExt as _},
+    path::Path,
     process::Stdio,
     time::{Duration, Instant},
 };
@@ -45,8 +47,10 @@ use smithay::{
 };
 use tracing::{debug, info, warn};
 
+use crate::x11_on_demand;
+
 use super::{
-    Event,
+    Event, Xwayland as Wanted,
     layout::{self, Role},
     state::State,
     window::Window,
@@ -68,7 +72,7 @@ const CLIENT_IDS: u32 = 0x1f_ffff;
 /// One X server and its window manager.
 pub(super) struct Xwayland {
     display: u32,
-    runtime_dir: std::path::PathBuf,
+    environment: Vec<(&'static str, OsString)>,
     server: Option<Server>,
     /// Kept after its server is gone, for events that are still on their way; replaced by the next one.
     manager: Option<X11Wm>,
@@ -84,6 +88,24 @@ struct Server {
     sources: Vec<RegistrationToken>,
 }
 
+/// What Xwayland needs to know; with a stand-in, also where that is found first.
+fn environment(runtime_dir: &Path, wanted: &Wanted) -> io::Result<Vec<(&'static str, OsString)>> {
+    let mut environment = vec![("XDG_RUNTIME_DIR", runtime_dir.into())];
+    if let Wanted::OnDemand(program) = wanted {
+        let folder = runtime_dir.join("xwayland");
+        DirBuilder::new().recursive(true).mode(0o700).create(&folder)?;
+        let link = folder.join(x11_on_demand::NAME);
+        match std::os::unix::fs::symlink(program, &link) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
+        let path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/bin:/bin".into());
+        let folders = std::iter::once(folder).chain(std::env::split_paths(&path));
+        environment.push(("PATH", std::env::join_paths(folders).map_err(io::Error::other)?));
+    }
+    Ok(environment)
+}
+
 impl Xwayland {
     /// The display number, which stays the same over restarts.
     pub fn display(&self) -> u32 {
@@ -96,7 +118,7 @@ impl State {
     ///
     /// # Errors
     /// When there is no `Xwayland` or no display number is free.
-    pub fn start_x11(&mut self, runtime_dir: &std::path::Path) -> io::Result<()> {
+    pub fn start_x11(&mut self, runtime_dir: &Path, wanted: &Wanted) -> io::Result<()> {
         // The directory belongs to all users of the machine, like /tmp itself; it may be there already.
         match DirBuilder::new().mode(0o1777).create(SOCKETS) {
             Ok(()) => {
@@ -107,17 +129,18 @@ impl State {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(error),
         }
-        let server = self.spawn_server(runtime_dir, None).or_else(|error| {
+        let environment = environment(runtime_dir, wanted)?;
+        let server = self.spawn_server(&environment, None).or_else(|error| {
             if error.kind() == io::ErrorKind::NotFound {
                 return Err(error);
             }
-            let mut others = MORE_DISPLAYS.map(|display| self.spawn_server(runtime_dir, Some(display)));
+            let mut others = MORE_DISPLAYS.map(|display| self.spawn_server(&environment, Some(display)));
             others.find_map(Result::ok).ok_or(error)
         })?;
         let display = server.xwayland.display_number();
         self.x11 = Some(Xwayland {
             display,
-            runtime_dir: runtime_dir.to_owned(),
+            environment,
             server: Some(server),
             manager: None,
             started: Instant::now(),
@@ -126,11 +149,21 @@ impl State {
         self.watch_server()
     }
 
-    fn spawn_server(&self, runtime_dir: &std::path::Path, display: Option<u32>) -> io::Result<Server> {
+    fn spawn_server(
+        &self,
+        environment: &[(&'static str, OsString)],
+        display: Option<u32>,
+    ) -> io::Result<Server> {
         let (log, log_end) = io::pipe()?;
-        let environment = [("XDG_RUNTIME_DIR", runtime_dir)];
-        let (xwayland, client) =
-            XWayland::spawn(&self.display, display, environment, false, Stdio::null(), log_end, |_| ())?;
+        let (xwayland, client) = XWayland::spawn(
+            &self.display,
+            display,
+            environment.iter().map(|(name, value)| (name, value)),
+            false,
+            Stdio::null(),
+            log_end,
+            |_| (),
+        )?;
         Ok(Server { xwayland, client, log, sources: Vec::new() })
     }
 
@@ -192,6 +225,10 @@ impl State {
             Ok(manager) => {
                 info!(display = x11.display, "Xwayland is ready");
                 x11.manager = Some(manager);
+                // What was copied before it ran.
+                for (target, mime_types) in self.offered.clone() {
+                    self.offer_to_x11(target, Some(mime_types));
+                }
             }
             Err(error) => warn!(%error, "the X11 window manager does not start"),
         }
@@ -202,16 +239,16 @@ impl State {
     fn server_gone(&mut self) {
         let Some(x11) = &mut self.x11 else { return };
         let Some(server) = x11.server.take() else { return };
-        if x11.started.elapsed() > WELL_AFTER {
-            x11.pause = PAUSE.0;
+        // After a good run the socket is there again at once: an application may be about to connect.
+        let was_well = x11.started.elapsed() > WELL_AFTER;
+        let pause = if was_well { Duration::ZERO } else { x11.pause };
+        x11.pause = if was_well { PAUSE.0 } else { (pause * 2).min(PAUSE.1) };
+        let (number, pause_ms) = (x11.display, pause.as_millis() as u64);
+        if was_well {
+            info!(display = number, "Xwayland has ended; it can be started again");
+        } else {
+            warn!(display = number, pause_ms, "Xwayland has ended; it is started again");
         }
-        let pause = x11.pause;
-        x11.pause = (pause * 2).min(PAUSE.1);
-        warn!(
-            display = x11.display,
-            pause_ms = pause.as_millis() as u64,
-            "Xwayland has ended; it is started again"
-        );
         let gone: Vec<_> = self
             .windows
             .items()
@@ -240,7 +277,7 @@ impl State {
 
     fn restart_server(&mut self) {
         let Some(x11) = &self.x11 else { return };
-        match self.spawn_server(&x11.runtime_dir.clone(), Some(x11.display)) {
+        match self.spawn_server(&x11.environment, Some(x11.display)) {
             Ok(server) => {
                 if let Some(x11) = &mut self.x11 {
                     x11.server = Some(server);

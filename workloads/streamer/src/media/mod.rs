@@ -5,6 +5,7 @@
 
 mod input;
 mod mailbox;
+mod phase;
 mod rate;
 mod socket;
 mod video;

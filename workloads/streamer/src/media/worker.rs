@@ -36,6 +36,7 @@ use tracing::{debug, error, info, warn};
 use super::{
     input::{Asked, Translator},
     mailbox::Receiver,
+    phase::Phase,
     rate::{KeyLimit, Pace, Rate},
     socket::MediaSocket,
     video::{Encoded, Order, Video},
@@ -167,6 +168,7 @@ struct Active {
     rate: Rate,
     limits: (u64, u64),
     keys: KeyLimit,
+    phase: Phase,
     /// Key frames that are still to be sent unasked, the next one first.
     nudges: VecDeque<Instant>,
     deadline: Instant,
@@ -192,6 +194,8 @@ enum News {
     Input(crate::compositor::Input),
     Release,
     Layout(String),
+    /// Move the frame grid by so many milliseconds.
+    Shift(f64),
     Greet,
 }
 
@@ -473,6 +477,7 @@ impl Worker {
                 News::Input(input) => self.config.compositor.input(input),
                 News::Release => self.config.compositor.release_all(),
                 News::Layout(layout) => self.config.compositor.set_keyboard_layout(&layout),
+                News::Shift(by_ms) => self.config.compositor.shift(by_ms),
                 News::Greet => {
                     self.tell_cursor();
                     self.tell_lock();
@@ -613,6 +618,7 @@ impl Worker {
             rate,
             limits,
             keys: KeyLimit::default(),
+            phase: Phase::default(),
             nudges: VecDeque::new(),
             deadline: now,
             connected: false,
@@ -772,6 +778,13 @@ impl Active {
                     Ok(FanlightRequest::FirstFrame { .. }) => {
                         self.nudges.clear();
                         tell(PeerEvent::FirstFrame);
+                    }
+                    Ok(FanlightRequest::Shown { low_ms, mid_ms, high_ms, .. }) => {
+                        let interval = self.rate.pace().interval;
+                        if let Some(by_ms) = self.phase.shown(now, [low_ms, mid_ms, high_ms], interval) {
+                            debug!(generation, by_ms, low_ms, high_ms, "frames move to the client's refresh");
+                            self.news.push(News::Shift(by_ms));
+                        }
                     }
                     Ok(FanlightRequest::Layout { layout }) => {
                         let usable = |c: char| c.is_ascii_alphanumeric() || "_-()".contains(c);

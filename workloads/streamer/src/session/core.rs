@@ -425,10 +425,8 @@ impl Core {
                     }
                 }
                 Ok(line) => self.outputs.push_back(Output::Candidate { generation, line }),
-                Err(error) => {
-                    let message = format!("step candidates: a candidate is unusable: {error}");
-                    self.tell_error(generation, ErrorCode::BadRequest, message);
-                }
+                // Others may still work, and the SDK takes every error for the end (signaling.md section 5).
+                Err(error) => tracing::debug!(generation, %error, "a candidate of the client is not used"),
             },
         }
     }

@@ -10,7 +10,7 @@ use std::{
 mod client;
 
 use client::{Client, is_refused};
-use fanlight_streamer::compositor::{Compositor, Config, Cursor, Event, Frame, Input, Picture};
+use fanlight_streamer::compositor::{Compositor, Config, Cursor, Event, Frame, Input, Picture, Xwayland};
 
 /// How long anything may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -48,7 +48,10 @@ impl Display {
             height,
             fps: 60,
             runtime_dir: runtime.path().join("run"),
-            xwayland,
+            xwayland: match xwayland {
+                true => Xwayland::OnDemand(env!("CARGO_BIN_EXE_fanlight-streamer").into()),
+                false => Xwayland::Never,
+            },
             keyboard_layout: "us".into(),
         };
         let compositor = Compositor::start(config, move |event| {

@@ -265,6 +265,9 @@ mod tests {
     async fn every_error_wears_the_envelope_and_names_what_is_wrong() {
         let large = format!(r#"{{"screen":{{"width":1}},"x":"{}"}}"#, "x".repeat(2000));
         let json = &[("content-type", "application/json")][..];
+        // What curl announces by itself, and a form of somebody's page.
+        let form = &[("content-type", "application/x-www-form-urlencoded")][..];
+        let page = &[("content-type", "text/plain"), ("origin", "https://elsewhere.example")][..];
         for (method, path, headers, body, status, part) in [
             ("GET", "/nowhere", &[][..], "", 404, "/nowhere"),
             ("PUT", "/1.0/things", &[], "", 405, "PUT"),
@@ -273,7 +276,8 @@ mod tests {
             ("POST", "/1.0/things", &[], r#"{"screen":{"width":"a"}}"#, 400, "screen.width"),
             ("POST", "/1.0/things", json, r#"{"screen":{"width":-1}}"#, 400, "screen.width"),
             ("POST", "/1.0/things", json, r#"{"screen":{"width":1}} x"#, 400, "trailing"),
-            ("POST", "/1.0/things", &[("content-type", "text/plain")], "{}", 415, "application/json"),
+            ("POST", "/1.0/things", form, r#"{"screen":{"width":-1}}"#, 400, "screen.width"),
+            ("POST", "/1.0/things", page, "{}", 415, "application/json"),
             ("POST", "/1.0/things", json, &large, 413, "too large"),
             ("GET", "/1.0/things?limit=many", &[], "", 400, "limit"),
             ("GET", "/1.0/panic", &[], "", 500, "internal error"),

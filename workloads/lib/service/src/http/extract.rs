@@ -7,7 +7,11 @@ use axum::{
     extract::{FromRequest, FromRequestParts, Request},
     response::{IntoResponse, Response},
 };
-use http::{HeaderValue, StatusCode, header::CONTENT_TYPE, request::Parts};
+use http::{
+    HeaderValue, StatusCode,
+    header::{CONTENT_TYPE, ORIGIN},
+    request::Parts,
+};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::ApiError;
@@ -89,7 +93,10 @@ impl<T: Serialize> IntoResponse for Json<T> {
 }
 
 async fn body<S: Send + Sync>(request: Request, state: &S) -> Result<Bytes, ApiError> {
-    if let Some(kind) = request.headers().get(CONTENT_TYPE) {
+    // A browser says where a request comes from, and a foreign page may send forms but not JSON without being asked
+    // first. Other clients, curl's `-d` among them, mean JSON whatever they announce.
+    let kind = request.headers().get(CONTENT_TYPE).filter(|_| request.headers().contains_key(ORIGIN));
+    if let Some(kind) = kind {
         let kind = kind.to_str().unwrap_or_default();
         let essence = kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
         if essence != "application/json" && !essence.ends_with("+json") {
