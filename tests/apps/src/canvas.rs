@@ -64,8 +64,8 @@ impl Noise {
         Self(seed.max(1))
     }
 
-    /// Next value.
-    pub fn next(&mut self) -> u32 {
+    /// The next value.
+    pub fn value(&mut self) -> u32 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 17;
         self.0 ^= self.0 << 5;
@@ -89,14 +89,14 @@ impl Page {
         for top in (3..height.saturating_sub(line)).step_by(line) {
             let mut left = 12;
             while left + 12 < width {
-                let letters = 2 + (noise.next() % 9) as usize;
-                let colour = ink.unwrap_or_else(|| noise.next() & 0x00ff_ffff);
+                let letters = 2 + (noise.value() % 9) as usize;
+                let colour = ink.unwrap_or_else(|| noise.value() & 0x00ff_ffff);
                 for _ in 0..letters {
                     if left + 12 >= width {
                         break;
                     }
                     // A glyph is 3×5 dots of 2×2 pixels with a stem, which gives the strokes of real letters.
-                    let dots = noise.next() | 0b001_001_001_001_001;
+                    let dots = noise.value() | 0b001_001_001_001_001;
                     for dot in 0..15 {
                         if (dots >> dot) & 1 == 1 {
                             let (x, y) = (left + (dot % 3) * 2, top + (dot / 3) * 2);

@@ -189,7 +189,7 @@ pub fn certificate(text: &str) -> Result<Vec<u8>, TrustError> {
         BASE64_STANDARD.decode(compact).map_err(|_| TrustError::Certificate("it is not base64"))?
     };
     match x509_parser::parse_x509_certificate(&der) {
-        Ok((rest, _)) if rest.is_empty() => Ok(der),
+        Ok(([], _)) => Ok(der),
         _ => Err(TrustError::Certificate("it is no certificate in DER form")),
     }
 }

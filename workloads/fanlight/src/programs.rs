@@ -48,6 +48,7 @@ pub struct Ports {
 }
 
 /// The running programs.
+#[expect(clippy::large_enum_variant, reason = "there is one of these in a process")]
 pub enum Programs {
     /// In this process.
     Here {
@@ -92,8 +93,7 @@ async fn here(plan: &Plan, ports: Ports) -> Result<Programs> {
     let settings = Settings::new(plan, &ports, bus_config)?;
     let parts = fanlight_ams::Parts { listener: Some(ports.ams), ..Default::default() };
     let ams = fanlight_ams::start(settings.ams, parts).await.context("starting AMS")?;
-    let parts =
-        fanlight_agent::Parts { bus: Some(bus.clone()), listener: Some(ports.agent), ..Default::default() };
+    let parts = fanlight_agent::Parts { bus: Some(bus.clone()), listener: Some(ports.agent) };
     let agent = fanlight_agent::start(settings.agent, parts).await.context("starting the agent")?;
     let parts = fanlight_gateway::Parts {
         bus: Some(bus),

@@ -263,10 +263,8 @@ async fn register(plan: &Plan, options: &Up, ams: &AmsClient) -> Result<()> {
 async fn ensure_token(plan: &Plan, gateway: &GatewayClient) -> Result<Secret> {
     let exists =
         gateway.accounts().await.context("listing the accounts")?.iter().any(|account| account.name == ADMIN);
-    if let Some(token) = read_optional(&plan.state.token())? {
-        if exists {
-            return Ok(Secret::new(token.trim()));
-        }
+    if let Some(token) = read_optional(&plan.state.token())?.filter(|_| exists) {
+        return Ok(Secret::new(token.trim()));
     }
     if exists {
         gateway.delete_account(ADMIN).await.context("replacing the account whose token is lost")?;

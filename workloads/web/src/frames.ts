@@ -16,8 +16,8 @@ export function isBlank(rgba: Uint8ClampedArray, tolerance = 12): boolean {
 }
 
 export interface FrameEvents {
-  /** Every displayed frame. */
-  frame: (metadata: VideoFrameCallbackMetadata) => void;
+  /** Every displayed frame; `now` is when the page's rendering of it began, on the display's clock. */
+  frame: (metadata: VideoFrameCallbackMetadata, now: number) => void;
   /** The first decoded frame, blank or not. */
   decoded: () => void;
   /** The first frame that is not blank. */
@@ -45,14 +45,14 @@ export function watchFrames(video: HTMLVideoElement, events: FrameEvents): () =>
   let canvas: CanvasRenderingContext2D | null | undefined;
   let waiting = true;
   const next = () => {
-    handle = video.requestVideoFrameCallback((_now, metadata) => {
+    handle = video.requestVideoFrameCallback((now, metadata) => {
       if (stopped) return;
       next();
       if (!decoded) {
         decoded = true;
         events.decoded();
       }
-      events.frame(metadata);
+      events.frame(metadata, now);
       if (!waiting) return;
       if (canvas === undefined) {
         const element = document.createElement("canvas");

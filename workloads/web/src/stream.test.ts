@@ -167,6 +167,8 @@ beforeEach(() => {
   vi.stubGlobal("RTCPeerConnection", FakePeer);
   vi.stubGlobal("WebSocket", FakeSocket);
   vi.stubGlobal("window", new EventTarget());
+  vi.stubGlobal("requestAnimationFrame", (callback: FrameRequestCallback) => setTimeout(() => callback(performance.now()), 10));
+  vi.stubGlobal("cancelAnimationFrame", (handle: number) => clearTimeout(handle));
   vi.stubGlobal("document", Object.assign(new EventTarget(), { hidden: false, createElement: () => ({ getContext: () => null }) }));
 });
 afterEach(() => {
@@ -184,6 +186,32 @@ describe("stream", () => {
     expect(peer.channel("fanlight").sent.map(({ type }) => type)).toEqual(["layout", "first-frame"]);
     expect(last(FakeSocket.all).closed).toBe(true);
     expect(stream.state).toBe("live");
+  });
+
+  test("tells the instance how long pictures wait for the display, while it can", async () => {
+    const { video } = start();
+    const peer = await answerAll();
+    const channel = peer.channel("fanlight");
+    const shown = () => channel.sent.filter(({ type }) => type === "shown");
+    // The display refreshes every 10 ms here; a picture is decoded 4 ms before each refresh.
+    const play = async (count: number) => {
+      for (let i = 0; i < count; i++) {
+        await vi.advanceTimersByTimeAsync(10);
+        const now = performance.now();
+        video.frames
+          .splice(0)
+          .forEach((frame) => frame(now, { receiveTime: now - 5, processingDuration: 0.001, expectedDisplayTime: now + 10 }));
+      }
+    };
+    await play(20);
+    expect(shown()).toEqual([]);
+    await play(80);
+    expect(shown().length).toBeGreaterThan(0);
+    expect(shown()[0]).toEqual({ type: "shown", low_ms: 4, mid_ms: 4, high_ms: 4, frames: 20 });
+    const before = shown().length;
+    channel.readyState = "closing";
+    await play(100);
+    expect(shown()).toHaveLength(before);
   });
 
   test("a session that is refused fails at the first step with the gateway's words", async () => {

@@ -6,6 +6,7 @@ import { ApiError, type Invitation, type Session, type StunServer } from "./api"
 import { Emitter } from "./emitter";
 import { watchFrames } from "./frames";
 import { Input } from "./input/input";
+import { Phase, watchRefresh } from "./phase";
 import { Signal } from "./signal";
 import { type HostStats, type Stats, StatsCollector, readHostStats } from "./stats";
 import { type Step, StreamError, type StepTime, nextStep } from "./steps";
@@ -373,7 +374,11 @@ export class Stream extends Emitter<StreamEvents> {
       });
       attempt.onDispose(
         watchFrames(video, {
-          frame: (metadata) => attempt.collector?.frame(metadata),
+          frame: (metadata, now) => {
+            attempt.collector?.frame(metadata);
+            const shown = attempt.phase.frame(now, metadata);
+            if (shown && current()) this.#extension(shown);
+          },
           decoded: () => {
             if (!current()) return;
             attempt.decoded = true;
@@ -462,6 +467,8 @@ export class Stream extends Emitter<StreamEvents> {
     this.#acknowledge(attempt);
     const ping = setInterval(() => this.#extension({ type: "ping", t: Math.round(performance.now() * 10) / 10 }), 2_000);
     attempt.onDispose(() => clearInterval(ping));
+    // Whoever does not listen on our channel cannot be told how long pictures wait.
+    attempt.onDispose(watchRefresh((ms) => attempt.phase.refresh(ms)));
   }
 
   /** Tells the instance that a frame was seen, once, as soon as there is both a frame and a channel. */
@@ -596,6 +603,7 @@ class Retry extends Error {}
 class Attempt {
   collector: StatsCollector | undefined;
   input: Input | undefined;
+  readonly phase = new Phase();
   decoded = false;
   acknowledged = false;
   firstFrameMs: number | undefined;

@@ -140,7 +140,7 @@ impl Pattern {
         let side = 64.min(video.width).min(video.height);
         let there_and_back = |at: usize, room: usize| {
             let room = room.max(1);
-            if (at / room) % 2 == 0 { at % room } else { room - at % room }
+            if (at / room).is_multiple_of(2) { at % room } else { room - at % room }
         };
         let (x, y) =
             (there_and_back(frame * 5, video.width - side), there_and_back(frame * 3, video.height - side));

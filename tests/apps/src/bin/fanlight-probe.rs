@@ -211,13 +211,11 @@ fn processes(probe: &mut Probe, secrets: &[String]) {
         let target = format!("{pid} {name}");
         for file in ["environ", "mem", "maps"] {
             let path = format!("/proc/{pid}/{file}");
-            let result = fs::File::open(&path).and_then(|mut file| {
+            let result = fs::File::open(&path).map(|mut file| {
                 use std::io::Read as _;
                 // Address 0 of `mem` is never mapped: opening it is the right that counts.
                 let mut bytes = [0; 16];
-                Ok(file
-                    .read(&mut bytes)
-                    .map_or_else(|error| error.to_string(), |count| format!("{count} bytes")))
+                file.read(&mut bytes).map_or_else(|error| error.to_string(), |count| format!("{count} bytes"))
             });
             let empty = matches!(&result, Ok(detail) if detail == "0 bytes");
             let result =

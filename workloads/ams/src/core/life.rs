@@ -159,9 +159,7 @@ fn running(record: &InstanceRecord, seen: &Seen, next: &mut Next, limits: Limits
         // It failed for a reason of ours (time) while processes may still be there.
         return seen.phase.is_live().then_some(Action::Kill);
     }
-    if record.node.is_none() {
-        return None;
-    }
+    record.node.as_ref()?;
     if seen.run < run && seen.phase.is_live() {
         // An older run is in the way; a start was asked for while it was ending.
         return Some(Action::Kill);

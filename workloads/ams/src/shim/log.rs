@@ -34,7 +34,9 @@ impl Log {
     fn try_write(&mut self, bytes: &[u8]) -> io::Result<()> {
         if self.size > self.bound / 2 {
             self.file = None;
-            std::fs::rename(&self.path, self.path.with_added_extension("1"))?;
+            let mut older = self.path.clone().into_os_string();
+            older.push(".1");
+            std::fs::rename(&self.path, older)?;
         }
         let file = match &mut self.file {
             Some(file) => file,

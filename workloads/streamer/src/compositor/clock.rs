@@ -68,9 +68,13 @@ impl FrameClock {
     /// Moves the grid of frame callbacks by `by_ms` milliseconds, at most an interval; later is positive.
     pub fn shift(&mut self, by_ms: f64) {
         let by = Duration::from_secs_f64((by_ms.abs() / 1e3).min(self.interval.as_secs_f64()));
-        self.next_callbacks = self
-            .next_callbacks
-            .and_then(|next| if by_ms < 0.0 { next.checked_sub(by) } else { Some(next + by) });
+        if by_ms < 0.0 {
+            self.next_callbacks = self.next_callbacks.and_then(|next| next.checked_sub(by));
+            // Or frames would come earlier and wait for a turn that has not moved.
+            self.next_render = self.next_render.and_then(|next| next.checked_sub(by));
+        } else {
+            self.next_callbacks = self.next_callbacks.map(|next| next + by);
+        }
     }
 
     /// Whether frames are wanted. Becoming active shows the current content at once.
@@ -122,7 +126,15 @@ impl FrameClock {
 
     /// A frame was rendered and delivered at `now`.
     pub fn rendered(&mut self, now: Instant) {
-        self.dirty = None;
+        let committed = self.dirty.take();
+        if let (Some(committed), Some(turn), Some(next)) = (committed, self.next_render, self.next_callbacks)
+            && turn > committed
+            && self.waiting
+        {
+            // What was drawn when it was asked for had to wait for its turn, and would again and again: ask later.
+            let waited = now.saturating_duration_since(committed);
+            self.next_callbacks = Some((next + waited).min((now + self.interval).max(next)));
+        }
         // Half an interval of slack absorbs the jitter of a client that keeps pace, without letting the average
         // rate above the limit.
         let half = now + self.interval / 2;
@@ -176,6 +188,48 @@ mod tests {
     use super::*;
 
     const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn frames_do_not_wait_for_their_turn_for_ever() {
+        let start = Instant::now();
+        let mut clock = FrameClock::new(100);
+        clock.set_active(true, start);
+        let (mut now, mut commit_at, mut committed, mut waits) = (start, Some(start), start, Vec::new());
+        // Two commits that nobody asked for take turns away from those that follow.
+        let mut extra = vec![start + 203 * MS, start + 207 * MS];
+        while now < start + 600 * MS {
+            if commit_at.is_some_and(|at| at <= now) {
+                (commit_at, committed) = (None, now);
+                clock.changed(now);
+                clock.committed();
+            }
+            extra.retain(|at| {
+                let due = *at <= now;
+                if due {
+                    clock.changed(now);
+                }
+                !due
+            });
+            let due = clock.poll(now);
+            if due.render {
+                clock.rendered(now);
+                waits.push(now - committed);
+            }
+            if due.callbacks {
+                clock.called_back(now);
+                commit_at = Some(now + 2 * MS);
+            }
+            now = [clock.deadline(now), commit_at]
+                .into_iter()
+                .flatten()
+                .chain(extra.iter().copied())
+                .min()
+                .expect("more");
+        }
+        assert!(waits.iter().any(|wait| *wait > MS), "the extra commits were felt");
+        assert!(waits.iter().rev().take(30).all(|wait| *wait < MS), "{waits:?}");
+        assert!(waits.len() > 55, "and the rate is held: {}", waits.len());
+    }
 
     #[test]
     fn a_shift_moves_all_frames_that_follow() {

@@ -308,6 +308,8 @@ impl History {
 }
 
 #[cfg(test)]
+// A list of one range is meant as such.
+#[expect(clippy::single_range_in_vec_init)]
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 

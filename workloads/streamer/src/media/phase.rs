@@ -5,11 +5,11 @@
 use std::time::{Duration, Instant};
 
 /// What the latest frames should wait: room for the jitter of drawing, encoding and the path.
-const MARGIN_MS: f64 = 3.5;
+const MARGIN_MS: f64 = 3.0;
 /// Smaller errors are left alone.
-const TOLERANCE_MS: f64 = 1.5;
+const TOLERANCE_MS: f64 = 1.2;
 /// Waits that spread more than this do not have one phase: the rates differ, or the application draws as it likes.
-const SPREAD_MS: f64 = 5.0;
+const SPREAD_MS: f64 = 7.0;
 /// A frame that waits less than this may as well have missed its refresh.
 const EDGE_MS: f64 = 2.0;
 /// Reports this soon after a move still tell of the time before it.
@@ -99,9 +99,9 @@ mod tests {
     fn a_move_is_judged_by_later_reports_only() {
         let now = Instant::now();
         let mut phase = Phase::default();
-        assert_eq!(phase.shown(now, [13.5, 14.0, 14.5], FRAME), Some(10.0));
+        assert_eq!(phase.shown(now, [13.5, 14.0, 14.5], FRAME), Some(10.5));
         assert_eq!(phase.shown(now + Duration::from_millis(500), [10.0, 12.0, 14.0], FRAME), None);
         assert_eq!(phase.shown(now + Duration::from_secs(1), [3.0, 3.5, 4.5], FRAME), None);
-        assert_eq!(phase.shown(now + Duration::from_secs(2), [0.5, 1.0, 1.5], FRAME), Some(-3.0));
+        assert_eq!(phase.shown(now + Duration::from_secs(2), [0.5, 1.0, 1.5], FRAME), Some(-2.5));
     }
 }

@@ -171,6 +171,15 @@ async fn a_client_sees_the_terminal_types_leaves_and_joins_again() {
     assert!(again.run_until(Duration::from_secs(3), |client| client.ended).await, "told at once");
     let (status, ended) = streamer.ended().await;
     assert_eq!((status, ended.map(|(reason, _)| reason)), (0, Some(EndReason::Stopped)));
+    let status = agent.status.clone();
+    until("the agent was told of the end", || status.borrow().ended.is_some()).await;
+    let left: Vec<_> = std::fs::read_dir(streamer.folder.path())
+        .expect("a folder")
+        .flatten()
+        .map(|entry| entry.file_name())
+        .filter(|name| name.to_string_lossy().starts_with("fanlight-"))
+        .collect();
+    assert!(left.is_empty(), "the runtime folder is removed: {left:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
