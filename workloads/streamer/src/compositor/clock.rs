@@ -232,18 +232,20 @@ mod tests {
     }
 
     #[test]
-    fn a_shift_moves_all_frames_that_follow() {
-        let start = Instant::now();
-        for by_ms in [5.0, -5.0] {
+    fn a_shift_moves_the_grid_and_never_makes_frames_wait() {
+        for (by_ms, expected) in [(5.0, 15 * MS), (-5.0, 5 * MS), (1e9, 20 * MS), (-1e9, Duration::ZERO)] {
+            let start = Instant::now();
             let mut clock = FrameClock::new(100);
             clock.set_active(true, start);
-            let first = run_paced_client(&mut clock, start, 100 * MS, |_| 2 * MS);
+            clock.rendered(start);
+            clock.called_back(start);
+            clock.committed();
+            assert_eq!(clock.deadline(start), Some(start + 10 * MS));
             clock.shift(by_ms);
-            let (last, more) = (start + 100 * MS, 100 * MS);
-            let second = run_paced_client(&mut clock, last, more, |_| 2 * MS);
-            let phase = |frames: &[Instant]| (frames[5] - start).as_secs_f64() * 1e3 % 10.0;
-            let moved = (phase(&second) - phase(&first)).rem_euclid(10.0);
-            assert!((moved - by_ms.rem_euclid(10.0)).abs() < 0.01, "{by_ms}: {moved}");
+            assert_eq!(clock.deadline(start), Some(start + expected), "{by_ms}");
+            // Drawn as soon as it is asked for.
+            clock.changed(start + expected);
+            assert!(clock.poll(start + expected.max(5 * MS)).render, "{by_ms}");
         }
     }
 

@@ -159,7 +159,8 @@ async fn a_client_sees_the_terminal_types_leaves_and_joins_again() {
 
     let mut again = Client::join(&mut agent, 2, None).await;
     again.watch().await;
-    again.settle(Duration::from_millis(500)).await;
+    // This client never says that it sees something, so it gets a second key frame 1.5 s after it has connected.
+    again.settle(Duration::from_millis(1800)).await;
     assert!(again.bright() > typed / 2, "what was typed is still there");
 
     // An idle screen sends nothing.
