@@ -20,6 +20,7 @@ use fanlight_service::{
     ApiError,
     http::{Edge, Envelope, Json, Peer, PublicError},
 };
+use fanlight_store::StoreError;
 use http::{HeaderValue, StatusCode, header, request::Parts};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -220,14 +221,31 @@ impl From<TrustError> for ApiError {
         match error {
             TrustError::Certificate(_) => Self::bad_request("invalid-certificate", error.to_string()),
             TrustError::Exists => Self::conflict("certificate-exists", error.to_string()),
-            TrustError::File { .. } | TrustError::Store(_) => Self::internal(error),
+            TrustError::Store(error) => store_error(error),
+            TrustError::File { .. } => Self::internal(error),
         }
+    }
+}
+
+/// The store's failure, as an answer.
+fn store_error(error: StoreError) -> ApiError {
+    match error {
+        StoreError::Full { .. } => ApiError::new(
+            StatusCode::INSUFFICIENT_STORAGE,
+            "store-full",
+            "the disk of AMS is full: nothing can be changed until there is space",
+        )
+        .with_source(error),
+        error => ApiError::internal(error),
     }
 }
 
 impl From<CatalogError> for ApiError {
     fn from(error: CatalogError) -> Self {
         use CatalogError as E;
+        if let E::Store(error) = error {
+            return store_error(error);
+        }
         let text = error.to_string();
         match &error {
             E::NotFound => Self::not_found("application-not-found", text),
@@ -270,7 +288,7 @@ impl From<InstanceError> for ApiError {
                 Self::bad_request("no-suitable-node", text).with_reasons(reasons)
             }
             E::Catalog(error) => error.into(),
-            E::Store(error) => Self::internal(error),
+            E::Store(error) => store_error(error),
         }
     }
 }
