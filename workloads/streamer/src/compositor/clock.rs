@@ -14,6 +14,10 @@ use std::time::{Duration, Instant};
 /// that block on them to stay responsive.
 const SLOW: Duration = Duration::from_secs(1);
 
+/// So many frames that wait for their turn one after another are no accident.
+const EVERY_TIME: u32 = 6;
+const NO_WAITS: (u32, Duration) = (0, Duration::MAX);
+
 /// What the compositor should do now.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Due {
@@ -36,6 +40,8 @@ pub struct FrameClock {
     next_render: Option<Instant>,
     next_callbacks: Option<Instant>,
     last_callbacks: Option<Instant>,
+    /// Frames that waited for their turn, one after another, and the shortest of these waits.
+    waits: (u32, Duration),
 }
 
 impl FrameClock {
@@ -50,6 +56,7 @@ impl FrameClock {
             next_render: None,
             next_callbacks: None,
             last_callbacks: None,
+            waits: NO_WAITS,
         }
     }
 
@@ -127,13 +134,19 @@ impl FrameClock {
     /// A frame was rendered and delivered at `now`.
     pub fn rendered(&mut self, now: Instant) {
         let committed = self.dirty.take();
-        if let (Some(committed), Some(turn), Some(next)) = (committed, self.next_render, self.next_callbacks)
-            && turn > committed
-            && self.waiting
-        {
-            // What was drawn when it was asked for had to wait for its turn, and would again and again: ask later.
-            let waited = now.saturating_duration_since(committed);
-            self.next_callbacks = Some((next + waited).min((now + self.interval).max(next)));
+        match (committed, self.next_render) {
+            (Some(committed), Some(turn)) if turn > committed && self.waiting => {
+                let waited = now.saturating_duration_since(committed);
+                self.waits = (self.waits.0 + 1, self.waits.1.min(waited));
+            }
+            _ => self.waits = NO_WAITS,
+        }
+        // After one late frame the next may wait. But what is drawn when it is asked for and waits every time comes too
+        // early, and always would: ask later.
+        if self.waits.0 >= EVERY_TIME {
+            let (_, least) = std::mem::replace(&mut self.waits, NO_WAITS);
+            self.next_callbacks =
+                self.next_callbacks.map(|next| (next + least).min((now + self.interval).max(next)));
         }
         // Half an interval of slack absorbs the jitter of a client that keeps pace, without letting the average
         // rate above the limit.
@@ -227,7 +240,7 @@ mod tests {
                 .expect("more");
         }
         assert!(waits.iter().any(|wait| *wait > MS), "the extra commits were felt");
-        assert!(waits.iter().rev().take(30).all(|wait| *wait < MS), "{waits:?}");
+        assert!(waits.iter().rev().take(20).all(|wait| *wait < MS), "{waits:?}");
         assert!(waits.len() > 55, "and the rate is held: {}", waits.len());
     }
 
