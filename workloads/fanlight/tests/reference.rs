@@ -132,6 +132,16 @@ fn the_configuration_reference_is_what_the_programs_read() {
         "AMS",
         &[include_str!("../../ams/src/config.rs"), STORE],
     );
+    text.push_str(
+        "\nThe streamer reads `/etc/fanlight/streamer.toml` where no file is named. Instances of the process engine see that file\n\
+         of their host, and the `STREAMER_…` variables of AMS. What belongs to one instance is in its guest file.\n",
+    );
+    program::<fanlight_streamer::Config>(
+        &mut text,
+        "Streamer",
+        "STREAMER",
+        &[include_str!("../../streamer/src/config.rs")],
+    );
     compare("configuration.md", &text);
 }
 

@@ -10,6 +10,7 @@ mod agent;
 mod app;
 mod audio;
 pub mod compositor;
+pub mod config;
 pub mod encode;
 pub mod guest;
 mod media;
@@ -18,4 +19,5 @@ mod run;
 mod session;
 pub mod x11_on_demand;
 
+pub use config::Config;
 pub use run::run;

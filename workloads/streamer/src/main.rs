@@ -1,6 +1,6 @@
 //! `fanlight-streamer`: the thin main of the program inside every instance.
 
-use std::{io::IsTerminal as _, process::ExitCode};
+use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 use fanlight_api::guest::EXIT_BAD_GUEST;
@@ -21,7 +21,11 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     /// Runs an instance; its guest file (JSON) is read from standard input.
-    Run,
+    Run {
+        /// Settings for all instances (TOML); without it `/etc/fanlight/streamer.toml`, if that is there.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -31,8 +35,11 @@ fn main() -> ExitCode {
     }
     // First of all: the application has the same user id and must not read our memory or environment.
     let hidden = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
+    let Arguments { command: Command::Run { config } } = Arguments::parse();
+    let config = fanlight_streamer::config::load(config);
     // What libraries say first; a more particular filter of the environment wins.
-    let wanted = std::env::var("FANLIGHT_LOG").unwrap_or_default();
+    let asked = config.as_ref().map(|config| config.log.as_str()).unwrap_or_default();
+    let wanted = format!("{asked},{}", std::env::var("FANLIGHT_LOG").unwrap_or_default());
     tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(format!("{FILTER},{wanted}")))
         .with_ansi(std::io::stderr().is_terminal())
@@ -43,7 +50,13 @@ fn main() -> ExitCode {
     if let Err(error) = hidden {
         tracing::warn!(%error, "the application might read the streamer's memory");
     }
-    let Arguments { command: Command::Run } = Arguments::parse();
+    let config = match config {
+        Ok(config) => config,
+        Err(error) => {
+            tracing::error!("{error}");
+            return exit(EXIT_BAD_GUEST);
+        }
+    };
     let guest = match fanlight_streamer::guest::read(std::io::stdin().lock()) {
         Ok(guest) => guest,
         Err(error) => {
@@ -54,7 +67,7 @@ fn main() -> ExitCode {
     close_stdin();
     // There is one provider in the program; a second installation would only say so.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-    exit(fanlight_streamer::run(guest))
+    exit(fanlight_streamer::run(guest, config))
 }
 
 fn exit(status: i32) -> ExitCode {

@@ -31,6 +31,7 @@ use crate::{
     app::{self, Application, Log, Next, Rules, Setting},
     audio::{Capture, Server, ServerConfig},
     compositor::{self, Compositor, Event, Xwayland},
+    config::{Config, EncoderName, X11},
     encode::EncoderKind,
     media::{self, Command, MediaSocket, Notice, Video, mailbox},
     notify::Notify,
@@ -39,8 +40,6 @@ use crate::{
 
 /// The instance counts as ready this long after its application was started, window or not.
 const READY_LIMIT: Duration = Duration::from_secs(3);
-/// How long the application may take to end by itself.
-const STOP_GRACE: Duration = Duration::from_secs(5);
 /// How long saying goodbye to clients may take.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(1);
 /// How long telling the agent may take.
@@ -58,7 +57,7 @@ enum News {
 }
 
 /// Runs the instance to its end; returns the exit status of the program.
-pub fn run(guest: Guest) -> i32 {
+pub fn run(guest: Guest, config: Config) -> i32 {
     let notify = Notify::new(std::env::var_os("NOTIFY_SOCKET"));
     if let Err(error) = rustix::process::set_child_subreaper(Some(rustix::process::getpid())) {
         warn!(%error, "what the application forks away may outlive it");
@@ -66,7 +65,7 @@ pub fn run(guest: Guest) -> i32 {
     let ended = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => {
             let local = tokio::task::LocalSet::new();
-            local.block_on(&runtime, supervise(guest, &notify))
+            local.block_on(&runtime, supervise(guest, config, &notify))
         }
         Err(error) => failed(format!("starting the runtime: {error}")),
     };
@@ -155,7 +154,7 @@ struct Instance {
     status: StreamerStatus,
 }
 
-async fn supervise(guest: Guest, notify: &Notify) -> Ended {
+async fn supervise(guest: Guest, config: Config, notify: &Notify) -> Ended {
     let folders = match Folders::make(&guest) {
         Ok(folders) => folders,
         Err(error) => return failed(format!("making the instance's runtime folder: {error}")),
@@ -172,7 +171,7 @@ async fn supervise(guest: Guest, notify: &Notify) -> Ended {
     let [terminate, interrupt, child] = &mut signals[..] else {
         return failed("listening to signals: some are missing".into());
     };
-    let mut instance = match Instance::start(guest, &folders, &news) {
+    let mut instance = match Instance::start(guest, &config, &folders, &news) {
         Ok(instance) => instance,
         Err(message) => return failed(message),
     };
@@ -181,7 +180,8 @@ async fn supervise(guest: Guest, notify: &Notify) -> Ended {
         _ = terminate.recv() => stopped("asked to stop"),
         _ = interrupt.recv() => stopped("interrupted"),
     };
-    instance.end(&mut inbox, &ended, terminate).await;
+    let grace = Duration::from_secs(config.stop.grace_s);
+    instance.end(&mut inbox, &ended, grace, terminate).await;
     ended
 }
 
@@ -190,7 +190,12 @@ fn stopped(how: &str) -> Ended {
 }
 
 impl Instance {
-    fn start(guest: Guest, folders: &Folders, news: &mpsc::UnboundedSender<News>) -> Result<Self, String> {
+    fn start(
+        guest: Guest,
+        config: &Config,
+        folders: &Folders,
+        news: &mpsc::UnboundedSender<News>,
+    ) -> Result<Self, String> {
         let (media, media_inbox) =
             mailbox().map_err(|error| format!("making the media thread's queue: {error}"))?;
         let socket = MediaSocket::bind(&guest.media).map_err(|error| chain(&error))?;
@@ -205,14 +210,8 @@ impl Instance {
             height: guest.display.height,
             fps: guest.display.fps,
             runtime_dir: folders.runtime.clone(),
-            xwayland: match std::env::current_exe() {
-                Ok(program) => Xwayland::OnDemand(program),
-                Err(error) => {
-                    warn!(%error, "Xwayland runs from the beginning: our own program is not found");
-                    Xwayland::AtOnce
-                }
-            },
-            keyboard_layout: "us".into(),
+            xwayland: xwayland(config.display.x11),
+            keyboard_layout: config.display.keyboard_layout.clone(),
         };
         let compositor = Compositor::start(display, move |event| match event {
             Event::Frame(frame) => to_video.frame(frame),
@@ -226,12 +225,14 @@ impl Instance {
         let server = ServerConfig { folder: folders.sound.clone() };
         let pulse_server = server.address();
         let to_media = media.clone();
-        let sound = Server::start(server);
-        let capture = Capture::start(pulse_server.clone(), move |packet| {
-            to_media.send(Command::Audio { captured: packet.captured, packet: packet.data });
+        let sound = if config.sound.enabled { Server::start(server) } else { Server::none(server) };
+        let capture = config.sound.enabled.then(|| {
+            Capture::start(pulse_server.clone(), move |packet| {
+                to_media.send(Command::Audio { captured: packet.captured, packet: packet.data });
+            })
         });
-        let capture = match capture {
-            Ok(capture) => Some(capture),
+        let capture = match capture.transpose() {
+            Ok(capture) => capture,
             Err(error) => {
                 warn!(%error, "there is no sound: its thread could not be started");
                 None
@@ -243,9 +244,9 @@ impl Instance {
             .run(media.clone(), Command::Encoded)
             .map_err(|error| format!("starting the encoder's thread: {error}"))?;
         let to_us = news.clone();
-        let config = media::Config {
+        let media_config = media::Config {
             screen: guest.display,
-            encoder: encoder(guest.media.encoder.as_deref()),
+            encoder: encoder(guest.media.encoder.as_deref(), config.encoder.kind),
             compositor: compositor.clone(),
             video: video.clone(),
             socket,
@@ -256,7 +257,7 @@ impl Instance {
             }),
             notices: Box::new(move |notice| drop(to_us.send(News::Media(notice)))),
         };
-        media::Worker::start(config, media_inbox)
+        media::Worker::start(media_config, media_inbox)
             .map_err(|error| format!("starting the media thread: {error}"))?;
 
         let agent = match guest.streaming.clone() {
@@ -470,6 +471,7 @@ impl Instance {
         mut self,
         inbox: &mut mpsc::UnboundedReceiver<News>,
         ended: &Ended,
+        grace: Duration,
         terminate: &mut tokio::signal::unix::Signal,
     ) {
         info!("ending: {}", ended.message);
@@ -496,7 +498,7 @@ impl Instance {
         };
         let application = async {
             tokio::select! {
-                () = app::end_everything(&spared, STOP_GRACE) => {}
+                () = app::end_everything(&spared, grace) => {}
                 // Asked a second time: no more patience.
                 _ = terminate.recv() => app::end_everything(&spared, Duration::ZERO).await,
             }
@@ -532,9 +534,26 @@ fn unix_now() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
 }
 
-fn encoder(name: Option<&str>) -> EncoderKind {
+fn xwayland(when: X11) -> Xwayland {
+    match (when, std::env::current_exe()) {
+        (X11::Never, _) => Xwayland::Never,
+        (X11::AtStart, _) => Xwayland::AtOnce,
+        (X11::OnDemand, Ok(program)) => Xwayland::OnDemand(program),
+        (X11::OnDemand, Err(error)) => {
+            warn!(%error, "Xwayland runs from the beginning: our own program is not found");
+            Xwayland::AtOnce
+        }
+    }
+}
+
+/// The encoder chosen for the node, else the configured one.
+fn encoder(name: Option<&str>, configured: EncoderName) -> EncoderKind {
     match name {
-        None | Some("auto") => EncoderKind::Auto,
+        None | Some("auto") => match configured {
+            EncoderName::Auto => EncoderKind::Auto,
+            EncoderName::X264 => EncoderKind::X264,
+            EncoderName::OpenH264 => EncoderKind::OpenH264,
+        },
         Some("x264") => EncoderKind::X264,
         Some("openh264") => EncoderKind::OpenH264,
         Some(other) => {

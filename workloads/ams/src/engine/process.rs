@@ -327,6 +327,12 @@ impl ProcessEngine {
         if package.is_some() {
             environment.insert("APP_DIR".into(), isolation::PACKAGE.into());
         }
+        // Settings for the streamers of this node; no secret is among them.
+        environment.extend(
+            std::env::vars_os()
+                .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+                .filter(|(name, _)| name.starts_with("STREAMER_")),
+        );
         environment
             .extend(std::env::var("FANLIGHT_LOG").ok().map(|filter| ("FANLIGHT_LOG".to_owned(), filter)));
         let name = streamer.file_name().unwrap_or_default().to_string_lossy();

@@ -69,6 +69,11 @@ impl Server {
         server
     }
 
+    /// No daemon: applications that want sound find nobody.
+    pub fn none(config: ServerConfig) -> Self {
+        Self { config, child: None, started: Instant::now(), pause: FIRST_PAUSE, missing: true }
+    }
+
     /// Process id, while it runs.
     pub fn pid(&self) -> Option<u32> {
         self.child.as_ref().and_then(Child::id)
