@@ -148,10 +148,10 @@ impl FrameClock {
             self.next_callbacks =
                 self.next_callbacks.map(|next| (next + least).min((now + self.interval).max(next)));
         }
-        // Half an interval of slack absorbs the jitter of a client that keeps pace, without letting the average
-        // rate above the limit.
-        let half = now + self.interval / 2;
-        self.next_render = Some(self.next_render.map_or(half, |next| half.max(next + self.interval)));
+        // Nearly an interval of slack: a frame that is late takes no turn from those after it, and the average rate is
+        // held all the same.
+        let soon = now + self.interval / 8;
+        self.next_render = Some(self.next_render.map_or(soon, |next| soon.max(next + self.interval)));
     }
 
     /// Rendering showed that nothing visible changed; this does not count as a frame.
