@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use fanlight_service::config::{ConfigErrors, Validate};
 use serde::{Deserialize, Serialize};
 
+use crate::compositor::is_layout_name;
+
 /// Read when no other file is named, if it is there.
 pub const FILE: &str = "/etc/fanlight/streamer.toml";
-/// Longest name of a layout with its variant.
-const LAYOUT_BYTES: usize = 64;
 /// Longest time that an application may be given to end, seconds: whoever stops an instance waits for it.
 const LONGEST_GRACE_S: u64 = 8;
 
@@ -111,8 +111,7 @@ impl Validate for Config {
     fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         let layout = &self.display.keyboard_layout;
-        let usable = |c: char| c.is_ascii_alphanumeric() || "_-()".contains(c);
-        if layout.is_empty() || layout.len() > LAYOUT_BYTES || !layout.chars().all(usable) {
+        if layout.is_empty() || !is_layout_name(layout) {
             problems.push(format!("display.keyboard_layout: {layout:?} is no name of an XKB layout"));
         }
         if self.stop.grace_s > LONGEST_GRACE_S {

@@ -1,7 +1,6 @@
 //! Stands in for Xwayland until the first X11 application connects, then becomes it.
 //!
-//! Xwayland costs some 65 MB and a good part of an instance's start, and most applications never ask for it. The
-//! compositor finds this program under the name `Xwayland` first; it inherits the listening sockets, waits with
+//! Xwayland costs some 65 MB, and most applications never ask for it. The compositor finds this program under the name `Xwayland` first; it inherits the listening sockets, waits with
 //! them, and replaces itself by the real one when somebody knocks. The connection waits in the socket's queue
 //! meanwhile, so the application notices nothing. When the last X11 application has been gone for a while, Xwayland
 //! ends, and the compositor starts the next stand-in.

@@ -51,6 +51,7 @@ pub use self::{
     input::Input,
     layout::Rect,
     picture::{POOL, Picture},
+    state::is_layout_name,
 };
 
 /// Names that are tried for the socket: wayland-0 and so on.

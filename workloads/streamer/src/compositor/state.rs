@@ -75,6 +75,8 @@ use super::{
 
 /// Milliseconds a key is held before clients repeat it.
 const REPEAT_DELAY_MS: i32 = 400;
+/// Longest name of a layout with its variant.
+const LAYOUT_BYTES: usize = 64;
 /// Repetitions a second.
 const REPEAT_RATE: i32 = 30;
 
@@ -780,6 +782,12 @@ fn add_keyboard(seat: &mut Seat<State>, layout: &str) -> Result<String, StartErr
         }
     }
     Err(StartError::Keyboard { layout: layout.to_owned() })
+}
+
+/// Whether `layout` can be the name of an xkb layout with an optional variant; the empty one is xkb's default.
+pub fn is_layout_name(layout: &str) -> bool {
+    let usable = |c: char| c.is_ascii_alphanumeric() || "_-()".contains(c);
+    layout.len() <= LAYOUT_BYTES && layout.chars().all(usable)
 }
 
 /// "de(nodeadkeys)" is layout "de", variant "nodeadkeys".

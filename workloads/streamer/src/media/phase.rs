@@ -46,7 +46,7 @@ impl Phase {
             return None;
         }
         self.moved = Some(now);
-        Some(by.min(interval_ms))
+        Some(by)
     }
 }
 

@@ -42,7 +42,7 @@ use super::{
     video::{Encoded, Order, Video},
 };
 use crate::{
-    compositor::{Compositor, Cursor},
+    compositor::{Compositor, Cursor, is_layout_name},
     encode::{self, EncoderKind},
     session::{Core, Input, LocalCandidate, Output, PeerEvent, PeerPlan, PeerRole},
 };
@@ -787,8 +787,7 @@ impl Active {
                         }
                     }
                     Ok(FanlightRequest::Layout { layout }) => {
-                        let usable = |c: char| c.is_ascii_alphanumeric() || "_-()".contains(c);
-                        if layout.len() <= 64 && layout.chars().all(usable) {
+                        if is_layout_name(&layout) {
                             self.news.push(News::Layout(layout));
                         }
                     }
