@@ -135,6 +135,7 @@ fn wanted_by(event: &Event) -> Wanted {
 }
 
 async fn read(agent: &Arc<Agent>, wanted: Wanted) -> Result<(), ClientError> {
+    let mut all = None;
     if wanted.applications {
         if agent.inventory().cluster_id.is_empty() {
             let configured = agent.config.cluster_id.clone();
@@ -147,7 +148,9 @@ async fn read(agent: &Arc<Agent>, wanted: Wanted) -> Result<(), ClientError> {
             };
             agent.inventory().cluster_id = cluster_id;
         }
-        let applications = reported(&agent.ams.applications().await?);
+        let listed = agent.ams.applications().await?;
+        let applications = reported(&listed);
+        all = Some(listed);
         let changed = {
             let mut inventory = agent.inventory();
             let changed = inventory.applications != applications;
@@ -162,14 +165,14 @@ async fn read(agent: &Arc<Agent>, wanted: Wanted) -> Result<(), ClientError> {
     let begun = std::time::Instant::now();
     let instances = agent.ams.instances(&[]).await?;
     agent.with_sessions(|sessions| ((), sessions.synced(std::time::Instant::now(), begun, &instances)));
-    if wanted.applications {
+    if let Some(applications) = all {
         // An AMS without nodes in its API is one whose capacity is not known.
         let nodes = match agent.ams.nodes().await {
             Ok(nodes) => nodes,
             Err(error) if error.is_not_found() => Vec::new(),
             Err(error) => return Err(error),
         };
-        agent.inventory().capacity = capacity(&nodes, &instances);
+        agent.inventory().capacity = capacity(&nodes, &instances, &applications);
     }
     let mut inventory = agent.inventory();
     if !std::mem::replace(&mut inventory.reachable, true) {

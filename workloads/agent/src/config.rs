@@ -1,12 +1,21 @@
 //! Settings of the agent, from `agent.toml`, then from `AGENT_*` variables (`AGENT_BUS__URL`).
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
 
 use fanlight_api::AgentId;
 use fanlight_bus::BusConfig;
 use fanlight_client::{Endpoint, Identity, Trust};
 use fanlight_service::config::Validate;
 use serde::{Deserialize, Serialize};
+
+use crate::{
+    embedded_turn::Embedded,
+    turn::{Peers, check_url, parse_ports},
+};
 
 /// Settings of the agent.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -92,22 +101,116 @@ pub struct Stun {
     pub urls: Vec<String>,
 }
 
-/// TURN servers that take credentials made from a shared secret, as Coturn with `use-auth-secret`.
+/// TURN servers that take credentials made from a shared secret, as Coturn with `use-auth-secret`, and the one of our
+/// own.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Turn {
-    /// `turn:host:port?transport=udp`, `turns:host:port`. Empty: none.
+    /// `turn:host:port?transport=udp`, `turn:host:port?transport=tcp`, `turns:host:port`. Empty: none.
     pub urls: Vec<String>,
-    /// File that holds the shared secret; read for each session, so that it may be changed.
+    /// File that holds the shared secret; read for each session, so that it may be changed. Without one the embedded
+    /// server makes a secret at each start.
     pub secret_file: PathBuf,
-    /// How long credentials are valid.
+    /// How long credentials open new connections. Those that are open go on.
     #[serde(with = "humantime_serde")]
     pub ttl: Duration,
+    /// UDP address of a TURN and STUN server inside the agent, `192.0.2.1:3478`. Empty: none.
+    pub listen: String,
+    /// Address under which clients reach the embedded server and its relay ports. Empty: that of `listen`, which then
+    /// must not be a wildcard.
+    pub public_address: String,
+    /// UDP ports of the embedded server for relaying, `low-high`.
+    pub relay_ports: String,
+    /// Name that the embedded server gives itself in its answers.
+    pub realm: String,
+    /// Networks to whose addresses the embedded server relays, `192.0.2.0/24`. Empty: this machine's own addresses.
+    /// Loopback and link-local addresses only when named, or when `listen` is on loopback.
+    pub allowed_peers: Vec<String>,
+    /// Most allocations of the embedded server.
+    pub max_allocations: usize,
+    /// Most of them for one session. A browser makes one for each of its networks.
+    pub max_allocations_per_session: usize,
+}
+
+impl Turn {
+    /// The embedded server, if there is one to be, or everything that is wrong with it.
+    pub(crate) fn embedded(&self) -> Result<Option<Embedded>, Vec<String>> {
+        if self.listen.is_empty() {
+            return Ok(None);
+        }
+        let mut problems = Vec::new();
+        let listen = self.listen.parse::<SocketAddr>().ok();
+        if listen.is_none() {
+            problems.push(format!("turn.listen: {:?} is no address such as 192.0.2.1:3478", self.listen));
+        }
+        let public: Option<IpAddr> = if self.public_address.is_empty() {
+            listen.map(|listen| listen.ip())
+        } else {
+            self.public_address.parse().ok()
+        };
+        match (public, listen) {
+            (None, None) => {}
+            (None, _) => {
+                problems.push(format!("turn.public_address: {:?} is no IP address", self.public_address));
+            }
+            (Some(public), _) if public.is_unspecified() => {
+                problems.push(format!("turn.public_address is needed: clients cannot reach {public}"))
+            }
+            (Some(public), Some(listen)) if public.is_ipv4() != listen.is_ipv4() => problems.push(format!(
+                "turn.public_address {public} and turn.listen {listen} are of different families"
+            )),
+            (Some(_), _) => {}
+        }
+        let relay_ports = parse_ports(&self.relay_ports)
+            .map_err(|problem| problems.push(format!("turn.relay_ports: {problem}")));
+        let mut networks = Vec::new();
+        for network in &self.allowed_peers {
+            match network.parse() {
+                Ok(network) => networks.push(network),
+                Err(problem) => problems.push(format!("turn.allowed_peers: {problem}")),
+            }
+        }
+        let printable = self.realm.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'"');
+        if !(1..=127).contains(&self.realm.len()) || !printable {
+            problems.push(format!("turn.realm: {:?} is not 1 to 127 letters without spaces", self.realm));
+        }
+        for (name, value) in [
+            ("max_allocations", self.max_allocations),
+            ("max_allocations_per_session", self.max_allocations_per_session),
+        ] {
+            if value == 0 {
+                problems.push(format!("turn.{name} is 0"));
+            }
+        }
+        match (listen, public, relay_ports) {
+            (Some(listen), Some(public), Ok(relay_ports)) if problems.is_empty() => Ok(Some(Embedded {
+                listen,
+                public,
+                relay_ports,
+                realm: self.realm.clone(),
+                peers: Peers { networks, on_loopback: listen.ip().is_loopback() },
+                most: self.max_allocations,
+                most_per_session: self.max_allocations_per_session,
+            })),
+            _ => Err(problems),
+        }
+    }
 }
 
 impl Default for Turn {
     fn default() -> Self {
-        Self { urls: Vec::new(), secret_file: PathBuf::new(), ttl: Duration::from_secs(24 * 60 * 60) }
+        Self {
+            urls: Vec::new(),
+            secret_file: PathBuf::new(),
+            ttl: Duration::from_secs(24 * 60 * 60),
+            listen: String::new(),
+            public_address: String::new(),
+            relay_ports: "50000-50999".into(),
+            realm: "fanlight".into(),
+            allowed_peers: Vec::new(),
+            max_allocations: 1000,
+            max_allocations_per_session: 16,
+        }
     }
 }
 
@@ -180,11 +283,12 @@ impl Validate for Config {
             "ams.certificate and ams.key are only valid together".into(),
         );
         for url in &self.stun.urls {
-            check(url.starts_with("stun:"), format!("stun.urls: {url:?} does not begin with stun:"));
+            let checked = check_url(url, &["stun"]);
+            check(checked.is_ok(), format!("stun.urls: {}", checked.err().unwrap_or_default()));
         }
         for url in &self.turn.urls {
-            let turn = url.starts_with("turn:") || url.starts_with("turns:");
-            check(turn, format!("turn.urls: {url:?} does not begin with turn: or turns:"));
+            let checked = check_url(url, &["turn", "turns"]);
+            check(checked.is_ok(), format!("turn.urls: {}", checked.err().unwrap_or_default()));
         }
         check(
             self.turn.urls.is_empty() || given(&self.turn.secret_file),
@@ -194,6 +298,7 @@ impl Validate for Config {
             self.turn.ttl >= Duration::from_secs(60),
             format!("turn.ttl is {:?}: at least 60 s are needed", self.turn.ttl),
         );
+        problems.extend(self.turn.embedded().err().into_iter().flatten());
         problems
     }
 }
@@ -254,6 +359,36 @@ mod tests {
         ] {
             assert!(problems.iter().any(|text| text.contains(expected)), "{expected}: {problems:?}");
         }
+    }
+
+    #[test]
+    fn what_the_embedded_turn_server_cannot_be_is_said_by_name() {
+        let problems = |change: &dyn Fn(&mut Turn)| {
+            let mut turn = Turn { listen: "192.0.2.1:3478".into(), ..Turn::default() };
+            change(&mut turn);
+            turn.embedded().err().unwrap_or_default().join("; ")
+        };
+        assert_eq!(problems(&|_| {}), "");
+        assert_eq!(problems(&|turn| turn.listen.clear()), "", "off");
+        let change: [(&dyn Fn(&mut Turn), &str); 9] = [
+            (&|turn| turn.listen = "3478".into(), "turn.listen"),
+            (&|turn| turn.listen = "0.0.0.0:3478".into(), "turn.public_address is needed"),
+            (&|turn| turn.public_address = "turn.example.org".into(), "turn.public_address: \"turn"),
+            (&|turn| turn.public_address = "2001:db8::1".into(), "different families"),
+            (&|turn| turn.relay_ports = "9".into(), "turn.relay_ports"),
+            (&|turn| turn.allowed_peers = vec!["10/8".into()], "turn.allowed_peers: \"10/8\""),
+            (&|turn| turn.realm.clear(), "turn.realm"),
+            (&|turn| turn.max_allocations = 0, "turn.max_allocations is 0"),
+            (&|turn| turn.max_allocations_per_session = 0, "turn.max_allocations_per_session is 0"),
+        ];
+        for (change, expected) in change {
+            let text = problems(change);
+            assert!(text.contains(expected), "{expected}: {text}");
+        }
+        let mut config = Config::default();
+        config.ams.socket = "/run/ams.sock".into();
+        config.turn.listen = "nowhere".into();
+        assert_eq!(config.problems().len(), 1, "it is a problem of the whole");
     }
 
     #[test]

@@ -16,7 +16,7 @@ use fanlight_api::{
 use fanlight_bus::{BusError, RequestError};
 use fanlight_service::ApiError;
 
-use crate::Agent;
+use crate::{Agent, unix_millis};
 
 const REPORT_EVERY: Duration = Duration::from_secs(2);
 const REPORT_SESSIONS_EVERY: Duration = Duration::from_secs(5);
@@ -118,9 +118,10 @@ async fn report(agent: &Arc<Agent>) {
                     false => Vec::new(),
                 };
                 for part in changed.chunks(SESSIONS_PER_REPORT) {
-                    publish_sessions(agent, part.to_vec(), false);
+                    publish_sessions(agent, part.to_vec(), false, (0, 0, 1));
                 }
                 let report = agent_report(agent);
+                // The time in a report always differs; capacity may wait for the next report.
                 let news = told.as_ref().is_none_or(|told: &AgentReport| {
                     told.applications != report.applications || told.ams_reachable != report.ams_reachable
                 });
@@ -142,22 +143,33 @@ fn knows_cluster(agent: &Agent) -> bool {
 fn report_all(agent: &Arc<Agent>) {
     let complete = agent.inventory().is_complete(Instant::now());
     let all = agent.with_sessions(|sessions| (sessions.report_all(), Vec::new()));
-    if all.len() <= SESSIONS_PER_REPORT {
-        return publish_sessions(agent, all, complete);
+    let series = agent.series.fetch_add(1, Ordering::Relaxed);
+    let mut parts: Vec<&[SessionReport]> = all.chunks(SESSIONS_PER_REPORT).collect();
+    if parts.is_empty() {
+        parts.push(&[]);
     }
-    // A part of them is not everything; gateways go without that conclusion then.
-    for part in all.chunks(SESSIONS_PER_REPORT) {
-        publish_sessions(agent, part.to_vec(), false);
+    for (part, sessions) in parts.iter().enumerate() {
+        let numbers = (series, part as u32, parts.len() as u32);
+        publish_sessions(agent, sessions.to_vec(), complete, numbers);
     }
 }
 
-fn publish_sessions(agent: &Agent, sessions: Vec<SessionReport>, complete: bool) {
+/// `numbers`: series, part and parts of a complete report.
+fn publish_sessions(agent: &Agent, sessions: Vec<SessionReport>, complete: bool, numbers: (u64, u32, u32)) {
     if sessions.is_empty() && !complete {
         return;
     }
-    let cluster_id = agent.inventory().cluster_id.clone();
-    let agent_id = agent.id.clone();
-    let report = SessionsReport { version: PROTOCOL_VERSION, agent_id, cluster_id, complete, sessions };
+    let (series, part, parts) = numbers;
+    let report = SessionsReport {
+        version: PROTOCOL_VERSION,
+        agent_id: agent.id.clone(),
+        cluster_id: agent.inventory().cluster_id.clone(),
+        complete,
+        series,
+        part,
+        parts,
+        sessions,
+    };
     agent.bus.publish_json(&sessions_report(), &report);
 }
 
@@ -169,10 +181,12 @@ fn agent_report(agent: &Agent) -> AgentReport {
         incarnation: agent.incarnation.clone(),
         region: agent.config.region.clone(),
         cluster_id: inventory.cluster_id.clone(),
+        sent_ms: unix_millis(),
         location: match agent.config.location[..] {
             [latitude, longitude] => Some((latitude, longitude)),
             _ => None,
         },
+        stun_urls: agent.stun_urls.clone(),
         applications: inventory.applications.clone(),
         capacity: inventory.capacity.clone(),
         ams_reachable: inventory.reachable,

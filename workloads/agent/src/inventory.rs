@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use fanlight_api::{
-    ams::{Application, ImageStatus, Instance, InstanceStatus, Node},
-    bus::{Capacity, ReportedApplication},
+    ams::{Application, ApplicationVersion, ImageStatus, Instance, InstanceStatus, Node, SizedResources},
+    bus::{Capacity, Needs, ReportedApplication},
     gateway,
 };
 
@@ -14,6 +14,9 @@ const FRESH: Duration = Duration::from_secs(15);
 const MAX_ICON_BYTES: usize = 512 * 1024;
 /// Number of a node that can take instances (ams-api section 12).
 const NODE_ONLINE: i32 = 4;
+/// Encoders of a manifest (ams-api section 6): the GPU's and no other, the processor's and no other.
+const ENCODER_GPU: &str = "gpu";
+const ENCODER_SOFTWARE: &str = "software";
 
 /// What AMS said last.
 #[derive(Debug, Default)]
@@ -51,7 +54,9 @@ pub fn reported(applications: &[Application]) -> Vec<ReportedApplication> {
             if versions.is_empty() {
                 return None;
             }
-            let published = usable().filter(|version| version.published).map(|version| version.number).max();
+            let published = usable().filter(|version| version.published).max_by_key(|version| version.number);
+            let needs = needs(&application.resources, published);
+            let published = published.map(|version| version.number);
             icon_bytes += application.icon.len();
             let icon = if icon_bytes <= MAX_ICON_BYTES { application.icon.clone() } else { String::new() };
             Some(ReportedApplication {
@@ -63,43 +68,88 @@ pub fn reported(applications: &[Application]) -> Vec<ReportedApplication> {
                 },
                 versions,
                 published,
+                needs,
             })
         })
         .collect()
 }
 
-/// Free capacity.
-pub fn capacity(nodes: &[Node], instances: &[Instance]) -> Capacity {
-    let running = instances.iter().filter(|instance| {
-        matches!(
-            instance.status(),
-            InstanceStatus::Prepared | InstanceStatus::Started | InstanceStatus::Running
-        )
-    });
+/// What an instance takes as far as AMS tells; the rest is the default of whichever node it comes to.
+fn needs(resources: &SizedResources, published: Option<&ApplicationVersion>) -> Needs {
+    // AMS gives a version that insists on a hardware encoder a share of a GPU even when it asks for none.
+    let encoder_slots = u32::from(published.is_some_and(|version| version.video_encoder == ENCODER_GPU));
+    Needs {
+        cpus: resources.cpus,
+        memory_bytes: parse_size(&resources.memory).unwrap_or(0),
+        gpu_slots: gpu_slots(resources.gpu_slots).max(encoder_slots),
+        encoder_slots,
+    }
+}
+
+/// AMS writes -1 for "not set".
+fn gpu_slots(told: i32) -> u32 {
+    u32::try_from(told).unwrap_or(0)
+}
+
+/// Free capacity. `applications` say which instances encode in hardware.
+pub fn capacity(nodes: &[Node], instances: &[Instance], applications: &[Application]) -> Capacity {
+    let running: Vec<&Instance> = instances
+        .iter()
+        .filter(|instance| {
+            matches!(
+                instance.status(),
+                InstanceStatus::Prepared | InstanceStatus::Started | InstanceStatus::Running
+            )
+        })
+        .collect();
     let open: Vec<&Node> =
         nodes.iter().filter(|node| node.status_code == NODE_ONLINE && !node.unschedulable).collect();
     // Without nodes nothing is known, which is not the same as nothing being free.
     let known = !nodes.is_empty();
     let rate = |rate: f64| if rate > 0.0 { rate } else { 1.0 };
-    let free_cpus = open
-        .iter()
-        .map(|node| {
-            (f64::from(node.cpus) * rate(node.cpu_allocation_rate) - f64::from(node.used_cpus)).max(0.0)
-        })
-        .sum();
-    let free_memory_bytes = open
-        .iter()
-        .map(|node| {
-            let offered = parse_size(&node.memory).unwrap_or(0) as f64 * rate(node.memory_allocation_rate);
-            // A float beyond the range of the integer becomes its largest value.
-            (offered as u64).saturating_sub(node.used_memory_bytes)
-        })
-        .fold(0, u64::saturating_add);
+    let cpus = |node: &Node| f64::from(node.cpus) * rate(node.cpu_allocation_rate);
+    // A float beyond the range of the integer becomes its largest value.
+    let memory = |node: &Node| {
+        (parse_size(&node.memory).unwrap_or(0) as f64 * rate(node.memory_allocation_rate)) as u64
+    };
+    let sum = |bytes: &dyn Fn(&Node) -> u64| open.iter().map(|node| bytes(node)).fold(0, u64::saturating_add);
+    // Node by node, because what one lacks another cannot give.
+    let slots = |offered: &dyn Fn(&Node) -> u32, taken: &dyn Fn(&Instance) -> u32| {
+        open.iter()
+            .map(|node| {
+                let here = running.iter().filter(|instance| instance.node == node.name);
+                let taken = here.map(|instance| taken(instance)).fold(0, u32::saturating_add);
+                offered(node).saturating_sub(taken)
+            })
+            .fold(0, u32::saturating_add)
+    };
+    let free_gpu_slots = slots(&|node| node.gpu_slots, &|instance| gpu_slots(instance.resources.gpu_slots));
+    let free_encoder_slots = slots(&|node| node.gpu_encoder_slots, &|instance| {
+        u32::from(gpu_slots(instance.resources.gpu_slots) > 0 && !in_software(instance, applications))
+    });
+    let has_encoders = nodes.iter().any(|node| node.gpu_encoder_slots > 0);
     Capacity {
-        instances: u32::try_from(running.count()).unwrap_or(u32::MAX),
-        free_cpus: known.then_some(free_cpus),
-        free_memory_bytes: known.then_some(free_memory_bytes),
+        instances: u32::try_from(running.len()).unwrap_or(u32::MAX),
+        // AMS knows no limit of instances as such.
+        free_instances: None,
+        cpus: known.then(|| open.iter().map(|node| cpus(node)).sum()),
+        free_cpus: known
+            .then(|| open.iter().map(|node| (cpus(node) - f64::from(node.used_cpus)).max(0.0)).sum()),
+        memory_bytes: known.then(|| sum(&memory)),
+        free_memory_bytes: known.then(|| sum(&|node| memory(node).saturating_sub(node.used_memory_bytes))),
+        free_gpu_slots: known.then_some(free_gpu_slots),
+        free_encoder_slots: has_encoders.then_some(free_encoder_slots),
     }
+}
+
+/// Whether an instance that has a GPU encodes without it. Every other one does not: it takes the encoder of the GPU
+/// as soon as somebody looks.
+fn in_software(instance: &Instance, applications: &[Application]) -> bool {
+    applications
+        .iter()
+        .filter(|application| application.name == instance.app_name)
+        .flat_map(|application| &application.versions)
+        .any(|version| version.number == instance.app_version && version.video_encoder == ENCODER_SOFTWARE)
 }
 
 /// Bytes of a size as AMS writes it (`3GB`, `512MB`, `1.5GiB`, `1024`). Units of AMS are powers of 1000 unless
@@ -173,6 +223,30 @@ mod tests {
     }
 
     #[test]
+    fn what_an_application_takes_is_told_and_nothing_is_guessed() {
+        let application = |resources: serde_json::Value, encoder: &str| -> Application {
+            let value = serde_json::json!({"id": "a", "name": "a", "status_code": 2, "status": "ready",
+                "resources": resources,
+                "versions": [
+                    {"number": 0, "status_code": 3, "status": "", "published": true, "video_encoder": "software"},
+                    {"number": 1, "status_code": 3, "status": "", "published": true, "video_encoder": encoder},
+                    {"number": 2, "status_code": 3, "status": "", "video_encoder": "gpu"}]});
+            serde_json::from_value(value).expect("valid")
+        };
+        let needs = |resources, encoder| reported(&[application(resources, encoder)])[0].needs;
+        assert_eq!(needs(serde_json::json!({"gpu-slots": -1}), "gpu-preferred"), Needs::default());
+        assert_eq!(
+            needs(serde_json::json!({"cpus": 2, "memory": "3GB", "gpu-slots": 2}), "gpu-preferred"),
+            Needs { cpus: 2, memory_bytes: 3_000_000_000, gpu_slots: 2, encoder_slots: 0 }
+        );
+        assert_eq!(
+            needs(serde_json::json!({"cpus": 1, "gpu-slots": 0}), "gpu"),
+            Needs { cpus: 1, gpu_slots: 1, encoder_slots: 1, ..Needs::default() },
+            "who insists on a hardware encoder gets a share of a GPU"
+        );
+    }
+
+    #[test]
     fn capacity_is_what_open_nodes_have_left() {
         let node = |status: i32, unschedulable: bool| Node {
             status_code: status,
@@ -185,11 +259,47 @@ mod tests {
             used_memory_bytes: 500_000_000,
             ..Node::default()
         };
-        assert_eq!(capacity(&[], &[]), Capacity::default(), "unknown");
-        let some = capacity(&[node(NODE_ONLINE, false), node(5, false), node(NODE_ONLINE, true)], &[]);
+        assert_eq!(capacity(&[], &[], &[]), Capacity::default(), "unknown");
+        let some = capacity(&[node(NODE_ONLINE, false), node(5, false), node(NODE_ONLINE, true)], &[], &[]);
         assert_eq!((some.free_cpus, some.free_memory_bytes), (Some(5.0), Some(1_500_000_000)));
+        assert_eq!((some.cpus, some.memory_bytes), (Some(8.0), Some(2_000_000_000)));
+        assert_eq!(some.free_gpu_slots, Some(0), "there is no GPU");
+        assert_eq!(some.free_encoder_slots, None, "streams are encoded in software");
         let full = Node { used_cpus: 99, used_memory_bytes: u64::MAX, ..node(NODE_ONLINE, false) };
-        let none = capacity(&[full], &[]);
+        let none = capacity(&[full], &[], &[]);
         assert_eq!((none.free_cpus, none.free_memory_bytes), (Some(0.0), Some(0)));
+    }
+
+    #[test]
+    fn slots_of_gpus_are_counted_node_by_node() {
+        let node = |name: &str, gpu_slots, gpu_encoder_slots| Node {
+            name: name.into(),
+            status_code: NODE_ONLINE,
+            gpu_slots,
+            gpu_encoder_slots,
+            ..Node::default()
+        };
+        let instance = |node: &str, status: InstanceStatus, slots: i32, app: &str| -> Instance {
+            let value = serde_json::json!({"id": "i", "name": "i", "type": "container", "node": node,
+                "status_code": status.code(), "status": "", "app_name": app, "app_version": 0,
+                "resources": {"gpu-slots": slots}});
+            serde_json::from_value(value).expect("valid")
+        };
+        let soft: Application = serde_json::from_value(serde_json::json!({"id": "a", "name": "soft",
+            "status_code": 2, "status": "ready", "versions": [
+                {"number": 0, "status_code": 3, "status": "", "video_encoder": "software"}]}))
+        .expect("valid");
+        let instances = [
+            instance("a", InstanceStatus::Running, 3, "x"),
+            // More than there is: another node cannot pay for it.
+            instance("a", InstanceStatus::Started, 3, "x"),
+            instance("b", InstanceStatus::Running, 1, "soft"),
+            instance("b", InstanceStatus::Running, 1, "x"),
+            instance("b", InstanceStatus::Running, -1, "x"),
+            instance("b", InstanceStatus::Stopped, 1, "x"),
+            instance("", InstanceStatus::Prepared, 1, "x"),
+        ];
+        let told = capacity(&[node("a", 4, 1), node("b", 8, 2)], &instances, &[soft]);
+        assert_eq!((told.free_gpu_slots, told.free_encoder_slots), (Some(6), Some(1)));
     }
 }

@@ -8,6 +8,7 @@
 
 mod ams;
 mod config;
+mod embedded_turn;
 mod gateway;
 mod http;
 mod inventory;
@@ -16,13 +17,19 @@ mod stream;
 mod token;
 mod turn;
 
+/// The plain values of this crate, for the simulation in `tests/sim`.
+#[doc(hidden)]
+pub mod cores {
+    pub use crate::{inventory::*, sessions::*};
+}
+
 use std::{
     io::Read,
     net::{SocketAddr, TcpListener},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant, SystemTime},
 };
@@ -44,6 +51,7 @@ use inventory::Inventory;
 use sessions::{Sessions, Work};
 use stream::Streamers;
 use token::{KEY_BYTES, Scope, TokenKey};
+use turn::Relays;
 
 /// Path of the streamers' websocket.
 pub const STREAM_PATH: &str = "/internal/1.0/stream";
@@ -77,6 +85,14 @@ pub enum StartError {
     /// The way to AMS.
     #[error("preparing the connection to AMS")]
     Ams(#[from] ClientError),
+    /// The embedded TURN server.
+    #[error("opening the UDP port of the TURN server, turn.listen {listen}")]
+    Turn {
+        /// Where it should listen.
+        listen: SocketAddr,
+        /// Why it cannot.
+        source: std::io::Error,
+    },
     /// The key of tokens.
     #[error("the key of tokens {path:?} cannot be used: {reason}")]
     TokenKey {
@@ -125,8 +141,13 @@ struct Agent {
     streamers: Streamers,
     key: TokenKey,
     agent_url: String,
+    /// STUN servers by which clients measure their way to this region.
+    stun_urls: Vec<String>,
+    embedded_turn: Option<embedded_turn::Running>,
     files: KeyFiles,
     leaving: AtomicBool,
+    /// Number of the next complete report.
+    series: AtomicU64,
     shutdown: Shutdown,
 }
 
@@ -159,6 +180,17 @@ pub async fn start(config: Config, parts: Parts) -> Result<Running, StartError> 
         Some(bus) => bus,
         None => Bus::connect(&config.bus).await?,
     };
+    let shutdown = Shutdown::new();
+    let embedded_turn = match config.turn.embedded().map_err(StartError::Config)? {
+        Some(settings) => {
+            let listen = settings.listen;
+            let started = embedded_turn::start(settings, &config.turn.secret_file, &shutdown);
+            Some(started.map_err(|source| StartError::Turn { listen, source })?)
+        }
+        None => None,
+    };
+    let of_embedded = embedded_turn.iter().map(embedded_turn::Running::url);
+    let turn_urls: Vec<String> = of_embedded.chain(config.turn.urls.iter().cloned()).collect();
     let agent = Arc::new(Agent {
         id,
         incarnation: SessionId::generate().to_string(),
@@ -171,9 +203,12 @@ pub async fn start(config: Config, parts: Parts) -> Result<Running, StartError> 
         streamers: Streamers::default(),
         key,
         agent_url: agent_url(&config.public_url, address),
+        stun_urls: turn::stun_urls(&config.stun.urls, &turn_urls),
+        embedded_turn,
         files,
         leaving: AtomicBool::new(false),
-        shutdown: Shutdown::new(),
+        series: AtomicU64::new(1),
+        shutdown,
         config,
     });
     let limits = Limits { body_bytes: 64 * 1024, ..Limits::default() };
@@ -298,28 +333,34 @@ impl Agent {
     /// ICE servers for a client of a session.
     fn ice_servers(&self, session_id: &SessionId) -> Vec<StunServer> {
         let turn = &self.config.turn;
-        let secret = if turn.urls.is_empty() {
-            None
-        } else {
-            match std::fs::read_to_string(&turn.secret_file) {
-                Ok(text) => Some(Secret::new(text.trim())),
-                Err(error) => {
-                    let path = turn.secret_file.display();
-                    tracing::error!(
-                        "the secret of the TURN servers {path} cannot be read: {error}; clients get none"
-                    );
-                    None
-                }
-            }
+        let mut relays = Vec::new();
+        let mut offer = |urls: Vec<String>, secret: Result<Secret, String>| match secret {
+            Ok(secret) => relays.push(Relays { urls, secret }),
+            // A TURN entry without credentials would hang clients of the original.
+            Err(error) => tracing::error!("clients are told of no TURN servers {urls:?}: {error}"),
         };
+        if let Some(embedded) = &self.embedded_turn {
+            offer(vec![embedded.url()], embedded.secret());
+        }
+        if !turn.urls.is_empty() {
+            let secret = turn::read_secret(&turn.secret_file);
+            let named = |error| format!("the secret {}: {error}", turn.secret_file.display());
+            offer(turn.urls.clone(), secret.map_err(named));
+        }
         let expires_at = unix_seconds().saturating_add_unsigned(turn.ttl.as_secs());
-        turn::servers(&self.config.stun.urls, &turn.urls, secret.as_ref(), session_id, expires_at)
+        turn::servers(&self.config.stun.urls, &relays, session_id, expires_at)
     }
 }
 
 fn unix_seconds() -> i64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+}
+
+/// For people and other machines to compare; nothing is decided by it here.
+fn unix_millis() -> i64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]

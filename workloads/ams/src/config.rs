@@ -184,7 +184,7 @@ impl Default for Config {
             cluster_name: "fanlight".into(),
             tls: Tls::default(),
             trust: Trust::default(),
-            store: StoreConfig { url: "file:ams.redb".into() },
+            store: StoreConfig::file("ams.redb"),
             agent: Agent::default(),
             engine: Engine::default(),
             node: Node::default(),

@@ -3,7 +3,7 @@
 //! A task looks at the record and at the engine, asks [`life`] what follows, writes it, does it, and looks again
 //! when something changed. It holds no state that matters: killed at any point and started again, it goes on.
 
-use std::{sync::Arc, time::Duration};
+use std::{cmp::Ordering, sync::Arc, time::Duration};
 
 use fanlight_api::{
     InstanceId, NodeId, PROTOCOL_VERSION,
@@ -235,15 +235,16 @@ impl Ams {
         attempt: u64,
         known: &LaunchRecord,
     ) -> Result<Option<OperationRecord>, InstanceError> {
-        if attempt > known.attempt {
-            return Ok(None);
-        }
-        if attempt < known.attempt {
-            return Err(InstanceError::OldAttempt {
-                scope: scope.to_owned(),
-                attempt,
-                newest: known.attempt,
-            });
+        match known.judge(attempt) {
+            Ordering::Greater => return Ok(None),
+            Ordering::Less => {
+                return Err(InstanceError::OldAttempt {
+                    scope: scope.to_owned(),
+                    attempt,
+                    newest: known.attempt,
+                });
+            }
+            Ordering::Equal => {}
         }
         let stored = self.store.get_json::<OperationRecord>(&key::operation(&known.operation)).await?;
         if let Some(stored) = stored {
@@ -273,7 +274,7 @@ impl Ams {
         if old.intent.target == Target::Deleted {
             return Ok(None);
         }
-        old.intent = Intent { target: Target::Deleted, force: true, since: unix_now(), ..old.intent };
+        old.intent = old.intent.delete(true, unix_now());
         compares.push(Compare::revision(&key, revision));
         ops.push(Op::put(&key, encode(&key, &old)?));
         Ok(Some(id.clone()))
@@ -540,14 +541,7 @@ impl Ams {
                     ("Starting instance", Some(Reach::Running { run: record.intent.run }))
                 }
                 Some(_) => {
-                    if record.intent.target != Target::Stopped {
-                        record.intent = Intent {
-                            target: Target::Stopped,
-                            since: unix_now(),
-                            force: false,
-                            ..record.intent
-                        };
-                    }
+                    record.intent = record.intent.stop(unix_now());
                     ("Stopping instance", Some(Reach::Stopped))
                 }
             };
@@ -580,10 +574,7 @@ impl Ams {
         compares: &mut Vec<Compare>,
         ops: &mut Vec<Op>,
     ) -> Result<(), InstanceError> {
-        use InstanceStatus as S;
-        let going = record.intent.target == Target::Running
-            && !matches!(record.observed.status, S::Stopped | S::Error);
-        if going {
+        if record.is_going() {
             return Ok(());
         }
         let package = self.catalog.package(&record.application.id, record.application.version);
@@ -602,16 +593,7 @@ impl Ams {
             let wish = Wish { share: record.share(), pin: record.node.clone(), ..Wish::default() };
             record.node = Some(self.reserve(&wish, &record.id, compares, ops).await??);
         }
-        record.intent =
-            Intent { target: Target::Running, run: record.intent.run + 1, force: false, since: unix_now() };
-        // From here on it holds its share again.
-        record.observed = Observed {
-            status: S::Prepared,
-            run: record.observed.run,
-            message: String::new(),
-            error: String::new(),
-            since: unix_now(),
-        };
+        record.start_again(unix_now());
         Ok(())
     }
 
@@ -626,14 +608,7 @@ impl Ams {
             if record.config.security.delete_protected {
                 return Err(InstanceError::Protected(record.name));
             }
-            let intent = &mut record.intent;
-            let since = if intent.target == Target::Deleted { intent.since } else { unix_now() };
-            *intent = Intent {
-                target: Target::Deleted,
-                force: force || (intent.force && intent.target == Target::Deleted),
-                since,
-                ..intent.clone()
-            };
+            record.intent = record.intent.delete(force, unix_now());
             let goal = Goal { instance: record.id.clone(), reach: Reach::Deleted };
             let (operation, write) =
                 self.operations.prepare("Deleting instance", "instances", &record.url(), Some(goal));
@@ -922,11 +897,7 @@ impl Ams {
                 );
                 self.store
                     .update_json::<InstanceRecord, _, _>(&key::instance(&record.id), |stored| {
-                        let mut stored = stored?;
-                        if stored.session == Session::Wanted {
-                            stored.session = Session::Made { streaming: streaming.clone() };
-                        }
-                        Some(stored)
+                        Some(stored?.with_session(streaming.clone()))
                     })
                     .await?;
                 Ok(Step::Again)

@@ -23,6 +23,12 @@ pub mod shim;
 mod size;
 mod trust;
 
+/// The plain values of this crate, for the simulation in `tests/sim`.
+#[doc(hidden)]
+pub mod cores {
+    pub use crate::core::{life, model, placement};
+}
+
 use std::{
     collections::HashMap,
     net::{Ipv4Addr, SocketAddr, TcpListener},

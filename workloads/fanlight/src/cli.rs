@@ -40,6 +40,8 @@ pub enum Command {
         #[command(subcommand)]
         command: InstanceCommand,
     },
+    /// Check the path that a stream takes from here, and name the step that is broken.
+    Doctor(Doctor),
     /// Internal: the keeper of one instance, started by AMS.
     #[command(hide = true)]
     Shim {
@@ -92,6 +94,33 @@ pub struct Up {
     /// Also write the variables of `<state>/env` into this file.
     #[arg(long, value_name = "FILE")]
     pub env_file: Option<PathBuf>,
+}
+
+/// Options of `doctor`.
+#[derive(Clone, Debug, Args)]
+pub struct Doctor {
+    /// Which stack.
+    #[command(flatten)]
+    pub stack: Stack,
+    /// Address of a gateway elsewhere, such as `https://gateway.example:4000`; no state folder is looked at then. Its
+    /// token and authority come from FANLIGHT_TOKEN and FANLIGHT_CA unless files are named.
+    #[arg(long, value_name = "URL")]
+    pub url: Option<String>,
+    /// File with the API token; without it the stack's own token is used.
+    #[arg(long, value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+    /// PEM file with the authority of the gateway's certificate; without it that of the stack, or those of the system.
+    #[arg(long, value_name = "FILE")]
+    pub ca: Option<PathBuf>,
+    /// Look at this region only.
+    #[arg(long)]
+    pub region: Option<String>,
+    /// Also look whether this application can be launched.
+    #[arg(long)]
+    pub app: Option<String>,
+    /// Print the checks as JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Commands about accounts.

@@ -1,10 +1,10 @@
 //! The variables by which other programs find a running stack.
 
-use std::{fmt::Write as _, path::Path};
+use std::{collections::BTreeMap, fmt::Write as _, path::Path};
 
 use anyhow::Result;
 
-use crate::state::write_private;
+use crate::state::{read_optional, write_private};
 
 /// `FANLIGHT_…` variables of a stack.
 #[derive(Clone, Debug)]
@@ -53,6 +53,19 @@ impl Environment {
     }
 }
 
+/// Reads the variables that a stack wrote; nothing where none was.
+///
+/// # Errors
+/// The file is there and cannot be read.
+pub fn read(path: &Path) -> Result<Option<BTreeMap<String, String>>> {
+    let line = |line: &str| {
+        let (name, value) = line.split_once('=')?;
+        let value = value.strip_prefix('\'')?.strip_suffix('\'')?;
+        Some((name.to_owned(), value.replace(r"'\''", "'")))
+    };
+    Ok(read_optional(path)?.map(|text| text.lines().filter_map(line).collect()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -84,5 +97,8 @@ mod tests {
             String::from_utf8_lossy(&shell.stdout),
             "to'ken $HOME|/a b|http://127.0.0.1:3/ui/#code=x&y"
         );
+        let read = read(&file).expect("readable").expect("there");
+        assert_eq!(read["FANLIGHT_TOKEN"], "to'ken $HOME");
+        assert_eq!(read["FANLIGHT_AMS_CERT"], "");
     }
 }

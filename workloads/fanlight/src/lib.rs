@@ -6,6 +6,7 @@ mod children;
 mod cli;
 mod commands;
 mod detach;
+mod doctor;
 mod environment;
 mod programs;
 mod registry;
@@ -55,6 +56,7 @@ pub fn run(cli: Cli) -> Result<()> {
             Command::Account { command } => commands::account(command).await,
             Command::Session { command } => commands::session(command).await,
             Command::Instance { command } => commands::instance(command).await,
+            Command::Doctor(options) => doctor::run(&options).await,
             Command::Shim { .. } => Ok(()),
         }
     })

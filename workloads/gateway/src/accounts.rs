@@ -5,14 +5,14 @@ use std::time::Duration;
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use fanlight_api::{
-    Secret,
+    Secret, ShareId,
     gateway::{Account, AccountCreated, AccountRights, AccountsPost, LoginCode},
 };
 use fanlight_store::{Change, Compare, Handle, Op, StoreError, StoreExt as _, encode};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use crate::token::{self, LATEST_EXPIRY, Macaroon, SocketGrant, TokenError};
+use crate::token::{self, Kind, LATEST_EXPIRY, Macaroon, ShareGrant, SocketGrant, TokenError};
 
 const ROOT_KEY: &str = "gateway/root-key";
 const ACCOUNTS: &str = "gateway/accounts/";
@@ -141,22 +141,25 @@ impl Accounts {
 
     /// Makes an account and its token.
     ///
+    /// `lifetime`: seconds that the token is valid when the request does not say; none: for ever.
+    ///
     /// # Errors
     /// Name or expiry are not usable, or the name is in use.
-    pub async fn create(&self, post: &AccountsPost, now: i64) -> Result<AccountCreated, AccountError> {
+    pub async fn create(
+        &self,
+        post: &AccountsPost,
+        now: i64,
+        lifetime: Option<i64>,
+    ) -> Result<AccountCreated, AccountError> {
         if post.name.parse::<fanlight_api::AgentId>().is_err() || post.name == PAGE_ACCOUNT {
             return Err(AccountError::Name(post.name.chars().take(64).collect()));
         }
         if let Some(expiry) = post.expiry_at.filter(|expiry| *expiry <= now || *expiry > LATEST_EXPIRY) {
             return Err(AccountError::Expiry(expiry));
         }
+        let expiry_at = post.expiry_at.or_else(|| Some(now.saturating_add(lifetime?).min(LATEST_EXPIRY)));
         let record = AccountRecord {
-            account: Account {
-                name: post.name.clone(),
-                rights: post.rights,
-                created_at: now,
-                expiry_at: post.expiry_at,
-            },
+            account: Account { name: post.name.clone(), rights: post.rights, created_at: now, expiry_at },
             salt: Secret::new(random_text(32)),
         };
         let key = format!("{ACCOUNTS}{}", post.name);
@@ -167,7 +170,7 @@ impl Accounts {
             Err(error) => return Err(error.into()),
         }
         let key = token::account_key(&self.root, record.salt.expose().as_bytes());
-        let token = Secret::new(token::api_token(&key, &post.name, post.expiry_at));
+        let token = Secret::new(token::api_token(&key, &post.name, expiry_at));
         Ok(AccountCreated { name: post.name.clone(), token })
     }
 
@@ -202,12 +205,17 @@ impl Accounts {
     /// It is not valid (any more), or of another kind.
     pub async fn authenticate(&self, token: &str, now: i64) -> Result<Caller, AccountError> {
         let macaroon = Macaroon::parse(token)?;
-        if macaroon.is_socket() {
-            macaroon.verify(&token::socket_key(&self.root))?;
-            return Err(AccountError::WrongKind("an API token"));
-        }
-        if !macaroon.is_api() {
-            return Err(TokenError::Signature.into());
+        match macaroon.kind() {
+            Some(Kind::Api) => {}
+            Some(Kind::Socket) => {
+                macaroon.verify(&token::socket_key(&self.root))?;
+                return Err(AccountError::WrongKind("an API token"));
+            }
+            Some(Kind::Share | Kind::Adb) => {
+                macaroon.verify(&token::share_key(&self.root))?;
+                return Err(AccountError::WrongKind("an API token"));
+            }
+            None => return Err(TokenError::Signature.into()),
         }
         let key = format!("{ACCOUNTS}{}", macaroon.identifier());
         let Some(record) = self.store.get_json::<AccountRecord>(&key).await? else {
@@ -229,12 +237,56 @@ impl Accounts {
     /// # Errors
     /// It is not valid (any more), or of another kind.
     pub async fn check_socket(&self, token: &str, now: i64) -> Result<SocketGrant, AccountError> {
-        let macaroon = Macaroon::parse(token)?;
-        if macaroon.is_api() {
-            self.authenticate(token, now).await?;
-            return Err(AccountError::WrongKind("a socket token"));
-        }
+        let macaroon = self.of_kind(token, Kind::Socket, "a socket token", now).await?;
         Ok(SocketGrant::check(&macaroon, &token::socket_key(&self.root), now)?)
+    }
+
+    /// A token that says it is of a kind; its signature was not looked at.
+    async fn of_kind(
+        &self,
+        token: &str,
+        kind: Kind,
+        needed: &'static str,
+        now: i64,
+    ) -> Result<Macaroon, AccountError> {
+        let macaroon = Macaroon::parse(token)?;
+        match macaroon.kind() {
+            Some(given) if given == kind => return Ok(macaroon),
+            // Whether it is one of ours at all: only then it is of the wrong kind.
+            Some(Kind::Api) => drop(self.authenticate(token, now).await?),
+            Some(Kind::Socket) => macaroon.verify(&token::socket_key(&self.root))?,
+            Some(Kind::Share | Kind::Adb) => macaroon.verify(&token::share_key(&self.root))?,
+            None => return Err(TokenError::Signature.into()),
+        }
+        Err(AccountError::WrongKind(needed))
+    }
+
+    /// The token in the URL of a share.
+    pub fn share_token(&self, share: &ShareId) -> Secret {
+        Secret::new(token::share_token(&token::share_key(&self.root), share))
+    }
+
+    /// The share that a token opens.
+    ///
+    /// # Errors
+    /// It is not valid, or of another kind.
+    pub async fn check_share(&self, token: &str, now: i64) -> Result<ShareId, AccountError> {
+        let macaroon = self.of_kind(token, Kind::Share, "the token of a share", now).await?;
+        Ok(token::check_share_token(&macaroon, &token::share_key(&self.root))?)
+    }
+
+    /// The token of a socket that a share is exchanged for.
+    pub fn grant_share(&self, grant: &ShareGrant) -> Secret {
+        Secret::new(grant.to_token(&token::share_key(&self.root)))
+    }
+
+    /// What the socket token of a share allows.
+    ///
+    /// # Errors
+    /// It is not valid (any more), or of another kind.
+    pub async fn check_share_socket(&self, token: &str, now: i64) -> Result<ShareGrant, AccountError> {
+        let macaroon = self.of_kind(token, Kind::Adb, "a socket token of a share", now).await?;
+        Ok(ShareGrant::check(&macaroon, &token::share_key(&self.root), now)?)
     }
 
     async fn remember(&self, prefix: &str, time: Duration, now: i64) -> Result<(Secret, i64), AccountError> {
@@ -326,40 +378,43 @@ mod tests {
     #[tokio::test]
     async fn tokens_work_until_their_account_is_deleted_also_when_its_name_is_used_again() {
         let accounts = accounts().await;
-        let created = accounts.create(&post("me"), NOW).await.expect("made");
+        let created = accounts.create(&post("me"), NOW, None).await.expect("made");
         let caller = accounts.authenticate(created.token.expose(), NOW).await.expect("valid");
         assert_eq!((caller.account.as_str(), caller.by), ("me", Proof::Token));
-        assert!(matches!(accounts.create(&post("me"), NOW).await, Err(AccountError::Exists(_))));
+        assert!(matches!(accounts.create(&post("me"), NOW, None).await, Err(AccountError::Exists(_))));
         accounts.delete("me").await.expect("there");
         let refused = accounts.authenticate(created.token.expose(), NOW).await;
         assert!(matches!(refused, Err(AccountError::Deleted)), "{refused:?}");
-        accounts.create(&post("me"), NOW).await.expect("made again");
+        accounts.create(&post("me"), NOW, None).await.expect("made again");
         let refused = accounts.authenticate(created.token.expose(), NOW).await;
         assert!(matches!(refused, Err(AccountError::Token(TokenError::Signature))), "{refused:?}");
         assert!(matches!(accounts.delete("you").await, Err(AccountError::Missing(_))));
         for bad in ["", "a b", "a/b", PAGE_ACCOUNT, &"x".repeat(256)] {
-            assert!(matches!(accounts.create(&post(bad), NOW).await, Err(AccountError::Name(_))), "{bad}");
+            assert!(
+                matches!(accounts.create(&post(bad), NOW, None).await, Err(AccountError::Name(_))),
+                "{bad}"
+            );
         }
         let late = AccountsPost { expiry_at: Some(NOW), ..post("late") };
-        assert!(matches!(accounts.create(&late, NOW).await, Err(AccountError::Expiry(_))));
+        assert!(matches!(accounts.create(&late, NOW, None).await, Err(AccountError::Expiry(_))));
     }
 
     #[tokio::test]
     async fn the_root_key_stays_and_another_store_has_another() {
         let store: Handle = Arc::new(Embedded::memory());
         let first = Accounts::open(store.clone()).await.expect("opens");
-        let token = first.create(&post("me"), NOW).await.expect("made").token;
+        let token = first.create(&post("me"), NOW, None).await.expect("made").token;
         let again = Accounts::open(store).await.expect("opens");
         assert!(again.authenticate(token.expose(), NOW).await.is_ok());
         let other = accounts().await;
-        other.create(&post("me"), NOW).await.expect("made");
+        other.create(&post("me"), NOW, None).await.expect("made");
         assert!(other.authenticate(token.expose(), NOW).await.is_err());
     }
 
     #[tokio::test]
     async fn each_kind_of_token_opens_its_own_door_only() {
         let accounts = accounts().await;
-        let api = accounts.create(&post("me"), NOW).await.expect("made").token;
+        let api = accounts.create(&post("me"), NOW, None).await.expect("made").token;
         let grant = SocketGrant {
             session_id: "s1".parse().expect("id"),
             generation: 1,

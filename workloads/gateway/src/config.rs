@@ -7,10 +7,15 @@ use fanlight_service::config::Validate;
 use fanlight_store::StoreConfig;
 use serde::{Deserialize, Serialize};
 
+use crate::geoip::Network;
+
 /// Settings of the gateway, from a TOML file, then from `GATEWAY_*` variables (`GATEWAY_BUS__URL`).
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
+    /// Name of this unit among the units of the gateway, stable over restarts: 1 to 255 characters of
+    /// `A-Z a-z 0-9 - _ : .` Units that share a store need different ones.
+    pub unit: String,
     /// Address of the public API (HTTPS and websockets).
     pub listen: SocketAddr,
     /// Where callers reach the public API, `https://host:port`; goes into the socket URLs that they are given.
@@ -28,6 +33,8 @@ pub struct Config {
     pub bus: BusConfig,
     /// Where sessions and accounts are kept.
     pub store: StoreConfig,
+    /// Choosing a cluster near the client.
+    pub placement: Placement,
     /// Pages of other origins.
     pub cors: Cors,
     /// Bounds.
@@ -63,6 +70,25 @@ pub struct Metrics {
     pub listen: String,
 }
 
+/// Where clients are, for choosing a cluster near them. Round trips that a client measured count first, then the
+/// location that a caller gives.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Placement {
+    /// Database file in MaxMind's format that tells where addresses are (GeoLite2-City, DB-IP City Lite). Empty: addresses
+    /// tell nothing.
+    pub geoip_database: PathBuf,
+    /// Addresses or networks of proxies whose `X-Forwarded-For` is believed, `10.0.0.0/8`.
+    pub trusted_proxies: Vec<String>,
+}
+
+impl Placement {
+    /// The proxies; what cannot be read was told by [`Validate::problems`] and is left out.
+    pub fn trusted(&self) -> Vec<Network> {
+        self.trusted_proxies.iter().filter_map(|text| text.parse().ok()).collect()
+    }
+}
+
 /// Cross-origin requests.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
@@ -95,6 +121,7 @@ pub struct Limits {
 impl Default for Config {
     fn default() -> Self {
         Self {
+            unit: "gateway-0".into(),
             listen: ([127, 0, 0, 1], 4000).into(),
             public_url: String::new(),
             internal_socket: PathBuf::new(),
@@ -102,7 +129,8 @@ impl Default for Config {
             ui: Ui::default(),
             metrics: Metrics::default(),
             bus: BusConfig::default(),
-            store: StoreConfig { url: "file:gateway.redb".into() },
+            store: StoreConfig::file("gateway.redb"),
+            placement: Placement::default(),
             cors: Cors::default(),
             limits: Limits::default(),
         }
@@ -157,6 +185,15 @@ impl Config {
     }
 }
 
+/// Whether a text is an origin as browsers write it, or stands for all.
+pub fn is_origin(text: &str) -> bool {
+    text == "*"
+        || text
+            .strip_prefix("https://")
+            .or_else(|| text.strip_prefix("http://"))
+            .is_some_and(|rest| rest.parse::<http::uri::Authority>().is_ok())
+}
+
 fn optional_address(key: &str, text: &str) -> Result<Option<SocketAddr>, String> {
     match text {
         "" => Ok(None),
@@ -179,13 +216,16 @@ impl Validate for Config {
         if !self.public_url.is_empty() && !usable {
             problems.push(format!("public_url is {:?}: expected https://host:port", self.public_url));
         }
+        if let Err(error) = self.unit.parse::<fanlight_api::AgentId>() {
+            problems.push(format!("unit: {error}"));
+        }
+        for text in &self.placement.trusted_proxies {
+            problems.extend(
+                text.parse::<Network>().err().map(|text| format!("placement.trusted_proxies: {text}")),
+            );
+        }
         for origin in &self.cors.origins {
-            let usable = origin == "*"
-                || origin
-                    .strip_prefix("https://")
-                    .or_else(|| origin.strip_prefix("http://"))
-                    .is_some_and(|rest| rest.parse::<http::uri::Authority>().is_ok());
-            if !usable {
+            if !is_origin(origin) {
                 problems.push(format!("cors.origins holds {origin:?}: expected https://host or *"));
             }
         }

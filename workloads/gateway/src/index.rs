@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use fanlight_api::{SessionId, gateway::SessionStatus};
+use fanlight_api::{AgentId, SessionId, gateway::SessionStatus};
 use fanlight_store::{Event, Revision, decode};
 use tokio::sync::watch;
 
@@ -31,7 +31,11 @@ struct Inner {
     sessions: HashMap<SessionId, (Arc<Session>, Revision)>,
     /// Those that a reconciler has to look after: created or terminating.
     pending: HashSet<SessionId>,
+    /// Those of each agent.
+    of_agents: HashMap<AgentId, HashSet<SessionId>>,
     followers: HashMap<SessionId, watch::Sender<Option<Arc<Session>>>>,
+    /// Followers that were left when those that nobody listens to were last taken out.
+    followed: usize,
 }
 
 impl Index {
@@ -66,6 +70,10 @@ impl Index {
                 }
             }
             Event::Put(entry) => {
+                // Most news is of what this unit wrote itself: known, and not worth reading.
+                if inner.knows(&entry.key, entry.revision) {
+                    return;
+                }
                 if let Some(session) = read(&entry.key, &entry.value) {
                     inner.put(session, entry.revision);
                 }
@@ -94,18 +102,34 @@ impl Index {
         inner.pending.iter().filter_map(|id| Some(inner.sessions.get(id)?.0.clone())).collect()
     }
 
+    /// The sessions of an agent in a cluster.
+    pub fn of_agent(&self, agent_id: &AgentId, cluster_id: &str) -> Vec<SessionId> {
+        let inner = self.lock();
+        let of_cluster = |id: &&SessionId| {
+            inner.sessions.get(*id).is_some_and(|(session, _)| session.cluster_id == cluster_id)
+        };
+        inner.of_agents.get(agent_id).into_iter().flatten().filter(of_cluster).cloned().collect()
+    }
+
     /// A session and its changes; `None` when it is gone.
     pub fn follow(&self, id: &SessionId) -> watch::Receiver<Option<Arc<Session>>> {
         let mut inner = self.lock();
         let current = inner.sessions.get(id).map(|(session, _)| session.clone());
-        if inner.followers.len() > 1024 {
+        // A walk over all of them, but only once they have doubled.
+        if inner.followers.len() > 2 * inner.followed + 1024 {
             inner.followers.retain(|_, follower| follower.receiver_count() > 0);
+            inner.followed = inner.followers.len();
         }
         inner.followers.entry(id.clone()).or_insert_with(|| watch::Sender::new(current)).subscribe()
     }
 }
 
 impl Inner {
+    fn knows(&self, key: &str, revision: Revision) -> bool {
+        let id = key.strip_prefix(SESSIONS).and_then(|id| id.parse().ok());
+        id.and_then(|id: SessionId| self.sessions.get(&id)).is_some_and(|(_, at)| *at >= revision)
+    }
+
     fn put(&mut self, session: Session, revision: Revision) -> Arc<Session> {
         if let Some((known, at)) = self.sessions.get(&session.id)
             && *at >= revision
@@ -113,6 +137,18 @@ impl Inner {
             return known.clone();
         }
         let session = Arc::new(session);
+        let moved = match self.sessions.get(&session.id) {
+            Some((known, _)) if known.agent_id == session.agent_id => false,
+            Some((known, _)) => {
+                let from = known.agent_id.clone();
+                self.leave(&from, &session.id);
+                true
+            }
+            None => true,
+        };
+        if moved {
+            self.of_agents.entry(session.agent_id.clone()).or_default().insert(session.id.clone());
+        }
         if matches!(session.status, SessionStatus::Created | SessionStatus::Terminating) {
             self.pending.insert(session.id.clone());
         } else {
@@ -124,9 +160,20 @@ impl Inner {
     }
 
     fn remove(&mut self, id: &SessionId) {
-        self.sessions.remove(id);
+        if let Some((known, _)) = self.sessions.remove(id) {
+            self.leave(&known.agent_id, id);
+        }
         self.pending.remove(id);
         self.tell(id, None);
+    }
+
+    fn leave(&mut self, agent_id: &AgentId, id: &SessionId) {
+        if let Some(sessions) = self.of_agents.get_mut(agent_id) {
+            sessions.remove(id);
+            if sessions.is_empty() {
+                self.of_agents.remove(agent_id);
+            }
+        }
     }
 
     fn tell(&mut self, id: &SessionId, session: Option<Arc<Session>>) {
@@ -168,9 +215,15 @@ mod tests {
         index.put(session(), 5);
         assert_eq!(index.get(&id).expect("there").status, SessionStatus::Active);
         assert!(index.pending().is_empty());
-        index.fold(Event::Reset { entries: vec![], revision: 7 });
+        let (first, second): (AgentId, AgentId) = (session().agent_id, "a2".parse().expect("id"));
+        assert_eq!(index.of_agent(&first, &session().cluster_id), [session().id]);
+        index.put(Session { agent_id: second.clone(), ..session() }, 7);
+        assert!(index.of_agent(&first, &session().cluster_id).is_empty());
+        assert_eq!(index.of_agent(&second, &session().cluster_id), [session().id]);
+        assert!(index.of_agent(&second, "elsewhere").is_empty());
+        index.fold(Event::Reset { entries: vec![], revision: 8 });
         follower.changed().await.expect("told");
         assert!(follower.borrow().is_none());
-        assert!(index.all().is_empty());
+        assert!(index.all().is_empty() && index.of_agent(&second, &session().cluster_id).is_empty());
     }
 }

@@ -6,24 +6,45 @@
 //! ```
 //! It knows nothing of AMS and nodes, and never looks inside a signalling frame.
 
+mod absence;
 mod accounts;
 mod agents;
 mod api;
 mod config;
+mod doctor;
+mod geoip;
 mod index;
 mod observer;
+mod owner;
 mod rate;
 mod relay;
 mod session;
 mod sessions;
+mod settings;
+mod shares;
 mod token;
 mod ui;
 
+/// The plain values of this crate, for the simulation in `tests/sim`.
+#[doc(hidden)]
+pub mod cores {
+    pub mod absence {
+        pub use crate::absence::*;
+    }
+    pub mod agents {
+        pub use crate::agents::*;
+    }
+    pub mod session {
+        pub use crate::session::*;
+    }
+}
+
 use std::{
+    collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     ops::Deref,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -37,7 +58,8 @@ use fanlight_service::{
 use fanlight_store::{Handle, StoreError};
 use tokio::sync::Semaphore;
 
-pub use config::{Config, Cors, Limits as ConfigLimits, Metrics, Tls, Ui};
+pub use api::openapi;
+pub use config::{Config, Cors, Limits as ConfigLimits, Metrics, Placement, Tls, Ui};
 
 /// How long going down may take.
 const STOP: Duration = Duration::from_secs(10);
@@ -76,6 +98,9 @@ pub enum StartError {
     /// A socket.
     #[error("binding the gateway's sockets")]
     Bind(#[from] BindError),
+    /// The database of addresses.
+    #[error("{0}")]
+    GeoIp(String),
 }
 
 /// A gateway that runs. Dropping it does not stop it; [`Running::stop`] does.
@@ -122,10 +147,14 @@ struct Inner {
     owns_store: bool,
     accounts: accounts::Accounts,
     agents: Mutex<agents::Agents>,
+    geoip: Option<geoip::GeoIp>,
     index: index::Index,
     reconciler: sessions::Reconciler,
+    ownership: owner::Ownership,
+    settings: RwLock<Arc<settings::Settings>>,
     observer: Arc<observer::Observer>,
     bucket: Mutex<rate::Bucket>,
+    callers: Mutex<rate::Callers>,
     sockets: Arc<Semaphore>,
     ready: Ready,
     shutdown: Shutdown,
@@ -156,8 +185,31 @@ impl Inner {
         i64::try_from(now.as_millis()).unwrap_or(i64::MAX)
     }
 
-    fn take_turn(&self) -> bool {
-        self.bucket.lock().unwrap_or_else(PoisonError::into_inner).take(Instant::now())
+    /// The settings in force now.
+    fn settings(&self) -> Arc<settings::Settings> {
+        self.settings.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Takes over the items that were set.
+    fn set_settings(&self, set: &BTreeMap<String, String>) {
+        let next = settings::Settings::new(&self.config, set);
+        let rate = next.requests_per_second;
+        let before = std::mem::replace(
+            &mut *self.settings.write().unwrap_or_else(PoisonError::into_inner),
+            Arc::new(next),
+        );
+        if before.requests_per_second != rate {
+            *self.bucket.lock().unwrap_or_else(PoisonError::into_inner) =
+                rate::Bucket::new(rate, Instant::now());
+        }
+    }
+
+    fn take_turn(&self, asker: rate::Asker) -> bool {
+        self.bucket.lock().unwrap_or_else(PoisonError::into_inner).take(Instant::now(), asker)
+    }
+
+    fn callers(&self) -> MutexGuard<'_, rate::Callers> {
+        self.callers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Right after the start no agent was heard of yet: waits until one was, or until one should have been.
@@ -216,6 +268,10 @@ pub async fn start(config: Config, parts: Parts) -> Result<Running, StartError> 
     let tls = public_server_config(&files)?;
 
     let owns_store = parts.store.is_none();
+    let geoip = match config.placement.geoip_database.as_os_str().is_empty() {
+        true => None,
+        false => Some(geoip::GeoIp::open(&config.placement.geoip_database).map_err(StartError::GeoIp)?),
+    };
     let store = match parts.store {
         Some(store) => store,
         None => fanlight_store::open(&config.store).await?,
@@ -233,8 +289,10 @@ pub async fn start(config: Config, parts: Parts) -> Result<Running, StartError> 
         body_bytes: config.limits.body_bytes,
         ..Limits::default()
     };
+    let settings = settings::Settings::new(&config, &BTreeMap::new());
     let gateway = Gateway(Arc::new(Inner {
         bucket: Mutex::new(rate::Bucket::new(config.limits.requests_per_second, Instant::now())),
+        callers: Mutex::default(),
         sockets: Arc::new(Semaphore::new(config.limits.sockets.min(Semaphore::MAX_PERMITS))),
         config,
         bus,
@@ -242,6 +300,9 @@ pub async fn start(config: Config, parts: Parts) -> Result<Running, StartError> 
         owns_store,
         accounts,
         agents: Mutex::default(),
+        geoip,
+        settings: RwLock::new(Arc::new(settings)),
+        ownership: owner::Ownership::default(),
         index: index::Index::default(),
         reconciler: sessions::Reconciler::default(),
         observer: observer::Observer::new(),
@@ -259,6 +320,7 @@ pub async fn start(config: Config, parts: Parts) -> Result<Running, StartError> 
         gateway: gateway.clone(),
     };
     let serve_all = async {
+        gateway.start_settings().await?;
         gateway.start_sessions().await?;
         drop(starting);
         let edge = |door| {

@@ -100,7 +100,7 @@ impl Envelope for Observer {
 
     fn finished(&self, request: &Finished<'_>) {
         self.registry.add(IN_FLIGHT, &[], -1.0);
-        let handler = handler(request.method.as_str(), request.route);
+        let handler = handler(request.method.as_str(), request.route, request.path);
         let labels = [("handler", handler), ("host", request.host), ("method", request.method.as_str())];
         self.registry.add(REQUESTS, &labels, 1.0);
         self.registry.observe(DURATION, &labels, request.duration.as_secs_f64());
@@ -110,7 +110,7 @@ impl Envelope for Observer {
 }
 
 /// The label of a route.
-fn handler(method: &str, route: Option<&str>) -> &'static str {
+fn handler(method: &str, route: Option<&str>, path: &str) -> &'static str {
     match (method, route.unwrap_or_default()) {
         ("GET", "/1.0/status") => "get_service_status",
         ("POST", "/1.0/sessions") => "create_new_session",
@@ -120,8 +120,21 @@ fn handler(method: &str, route: Option<&str>) -> &'static str {
         ("DELETE", "/1.0/sessions/{id}") => "delete_session",
         ("POST", "/1.0/sessions/{id}/join") => "join_session",
         ("GET", "/1.0/sessions/{id}/sockets/{role}" | "/1.0/session/{id}/sockets/{role}") => {
-            "streaming_websocket_slave"
+            match path.trim_end_matches('/').rsplit('/').next() {
+                Some("master") => "streaming_websocket_master",
+                Some("adb") => "streaming_websocket_adb",
+                _ => "streaming_websocket_slave",
+            }
         }
+        ("POST", "/1.0/sessions/{id}/share") => "share_session",
+        ("GET", "/1.0/sessions/{id}/connect") => "connect_session",
+        ("GET", "/1.0/shares") => "get_shares",
+        ("GET", "/1.0/shares/{id}") => "get_share",
+        ("PATCH", "/1.0/shares/{id}") => "update_share",
+        ("DELETE", "/1.0/shares/{id}") => "delete_share",
+        ("GET", "/1.0/config") => "get_config",
+        ("PATCH", "/1.0/config") => "update_config",
+        ("GET", "/1.0/doctor") => "diagnose",
         ("GET", "/1.0/applications") => "get_applications",
         ("GET", "/1.0/regions") => "get_regions",
         _ => "other",
@@ -140,6 +153,7 @@ mod tests {
         observer.finished(&Finished {
             method: &http::Method::POST,
             route: Some("/1.0/sessions"),
+            path: "/1.0/sessions",
             host: "gw",
             status: http::StatusCode::CREATED,
             duration: std::time::Duration::from_millis(3),

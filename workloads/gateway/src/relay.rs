@@ -30,6 +30,9 @@ const WRITE: Duration = Duration::from_secs(10);
 const LINGER: Duration = Duration::from_secs(30);
 /// Largest websocket message that is read, so that one beyond the limit of the link can be refused in words.
 pub const MAX_MESSAGE_BYTES: usize = 2 * 1024 * 1024;
+/// What a socket reads at a time. Each has this much for as long as it is open; frames are mostly smaller, and there may be
+/// thousands of sockets.
+pub const READ_BUFFER_BYTES: usize = 4096;
 
 /// Why a relay ended.
 #[derive(Debug)]

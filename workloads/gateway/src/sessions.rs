@@ -4,7 +4,8 @@
 //! Every change is a compare-and-set on the record in the store, so that units do not need to know each other.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
+    net::IpAddr,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -16,10 +17,10 @@ use fanlight_api::{
         InstanceState, SessionReport, SessionsReport, agent_requests, agents_report, gateway_sessions,
         sessions_report,
     },
-    gateway::{Screen, SessionStatus, SessionsPost, StunServer},
+    gateway::{Location, Screen, SessionStatus, SessionsPost, StunServer},
 };
 use fanlight_service::ApiError;
-use fanlight_store::{Change, Compare, Op, StoreError, StoreExt as _, encode};
+use fanlight_store::{Change, Compare, Event, Op, StoreError, StoreExt as _, decode, encode};
 use futures_util::StreamExt as _;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -27,19 +28,29 @@ use sha2::{Digest as _, Sha256};
 
 use crate::{
     Gateway,
+    absence::Absence,
     accounts::Caller,
-    agents::{NoAgent, Refusals, Wanted},
+    agents::{NoAgent, Refusals, Wanted, Whereabouts},
+    geoip::is_place,
     index::{SESSIONS, key},
     session::{Client, Ending, Input, Origin, Session, Verdict, Want},
+    shares,
 };
 
 /// Instances of AMS-made sessions, to find the session of an instance again.
 const INSTANCES: &str = "gateway/instances/";
 /// Sessions whose record went although an instance may be left: reports of it are answered with its end.
 const ENDED: &str = "gateway/ended/";
+/// Items of configuration that were set.
+const SETTINGS: &str = "gateway/config/";
 /// Idempotency keys of creates.
 const REPEATS: &str = "gateway/repeats/";
-const DAY: Duration = Duration::from_secs(24 * 3600);
+/// How long idempotency keys and ended sessions are remembered, seconds.
+const DAY: i64 = 24 * 3600;
+/// How often what has expired is taken away.
+const SWEEP: Duration = Duration::from_secs(60);
+/// Most records that are looked at in one step of that.
+const SWEEP_PAGE: usize = 200;
 /// Right after the start no agent can be known yet; requests that need one wait so long.
 pub const FIRST_REPORTS: Duration = Duration::from_secs(3);
 /// For everything asked of an agent but `Accept`.
@@ -48,14 +59,15 @@ const AGENT_TIME: Duration = Duration::from_secs(2);
 const RECONCILE: Duration = Duration::from_millis(500);
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LAST_PAUSE: Duration = Duration::from_secs(10);
-/// A session missing in complete reports for so long has no instance; late reports cannot explain it.
-const MISSING: Duration = Duration::from_secs(8);
 /// How long `sync=true` waits.
 const SYNC_TIME: Duration = Duration::from_secs(60);
 /// Largest `extra_data`, bytes of JSON: it travels in one bus message and in the guest file.
 const MAX_EXTRA_DATA: usize = 64 * 1024;
 const MAX_IDLE_MINUTES: i64 = 365 * 24 * 60;
-const DEFAULT_IDLE_MINUTES: u32 = 30;
+/// Most regions in the round trips of a request.
+const MAX_ROUND_TRIPS: usize = 100;
+/// Longest round trip that is believed, milliseconds.
+const MAX_ROUND_TRIP: f64 = 60_000.0;
 /// Requests to agents and record changes that one report or tick may cause at a time.
 const CONCURRENT: usize = 64;
 
@@ -64,14 +76,29 @@ const CONCURRENT: usize = 64;
 pub struct Reconciler {
     /// When to ask the agent about a pending session again, and the pause after that.
     asked: Mutex<HashMap<SessionId, (Instant, Duration)>>,
-    /// Since when a session is missing in complete reports.
-    missing: Mutex<HashMap<SessionId, Instant>>,
+    /// What complete reports lack.
+    absence: Mutex<Absence>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Repeat {
     session_id: SessionId,
     body: String,
+    /// Unix seconds.
+    expires_at: i64,
+}
+
+/// A session whose record went although an instance may be left.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Ended {
+    /// Unix seconds.
+    expires_at: i64,
+}
+
+/// What is looked at to see whether a record has expired.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Expiring {
+    expires_at: i64,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -89,9 +116,12 @@ struct Checked {
     idle_time_min: u32,
     extra_data: Value,
     screen: Screen,
+    location: Option<Location>,
+    client_address: Option<IpAddr>,
+    round_trips: BTreeMap<String, f64>,
 }
 
-fn check(post: SessionsPost) -> Result<Checked, ApiError> {
+fn check(post: SessionsPost, default_idle_minutes: u32) -> Result<Checked, ApiError> {
     let bad = |text: String| ApiError::bad_request("invalid-body", text);
     let app = post.app.unwrap_or_default();
     if app.is_empty() {
@@ -113,7 +143,7 @@ fn check(post: SessionsPost) -> Result<Checked, ApiError> {
     let joinable = post.joinable.unwrap_or(false);
     let idle_time_min = match post.idle_time_min {
         // Covers the time before the first client of a non-joinable session too.
-        None => DEFAULT_IDLE_MINUTES,
+        None => default_idle_minutes,
         Some(minutes) if (0..=MAX_IDLE_MINUTES).contains(&minutes) => minutes as u32,
         Some(minutes) => {
             return Err(bad(format!(
@@ -124,6 +154,32 @@ fn check(post: SessionsPost) -> Result<Checked, ApiError> {
     let extra = post.extra_data.to_string().len();
     if extra > MAX_EXTRA_DATA {
         return Err(bad(format!("extra_data has {extra} bytes: at most {MAX_EXTRA_DATA} are allowed")));
+    }
+    if let Some(location) = post.location.filter(|location| !is_place(*location)) {
+        return Err(bad(format!(
+            "location is {}, {}: latitudes from -90 to 90 and longitudes from -180 to 180 are needed",
+            location.latitude, location.longitude
+        )));
+    }
+    let client_address = match post.client_address.as_deref() {
+        None | Some("") => None,
+        Some(text) => Some(text.parse().map_err(|_| {
+            let text: String = text.chars().take(64).collect();
+            bad(format!("client_address is {text:?}: an IPv4 or IPv6 address is needed"))
+        })?),
+    };
+    if post.round_trips.len() > MAX_ROUND_TRIPS {
+        return Err(bad(format!(
+            "round_trips has {} regions: at most {MAX_ROUND_TRIPS} are allowed",
+            post.round_trips.len()
+        )));
+    }
+    if let Some((region, ms)) = post.round_trips.iter().find(|(_, ms)| !(0.0..=MAX_ROUND_TRIP).contains(*ms))
+    {
+        let region: String = region.chars().take(64).collect();
+        return Err(bad(format!(
+            "round_trips says {ms} for {region:?}: 0 to {MAX_ROUND_TRIP} milliseconds are allowed"
+        )));
     }
     let screen =
         post.screen.unwrap_or_default().apply(Screen::default()).map_err(|error| bad(error.to_string()))?;
@@ -136,7 +192,33 @@ fn check(post: SessionsPost) -> Result<Checked, ApiError> {
         idle_time_min,
         extra_data: post.extra_data,
         screen,
+        location: post.location,
+        client_address,
+        round_trips: post.round_trips,
     })
+}
+
+fn fold_settings(items: &mut BTreeMap<String, String>, event: Event) {
+    let put = |items: &mut BTreeMap<String, String>, key: &str, value: &[u8]| match (
+        key.strip_prefix(SETTINGS),
+        decode::<String>(key, value),
+    ) {
+        (Some(name), Ok(value)) => drop(items.insert(name.to_owned(), value)),
+        (_, Err(error)) => tracing::error!("config item {key} cannot be read and is left out: {error}"),
+        (None, Ok(_)) => {}
+    };
+    match event {
+        Event::Reset { entries, .. } => {
+            items.clear();
+            for entry in entries {
+                put(items, &entry.key, &entry.value);
+            }
+        }
+        Event::Put(entry) => put(items, &entry.key, &entry.value),
+        Event::Delete { key, .. } => {
+            items.remove(key.strip_prefix(SETTINGS).unwrap_or_default());
+        }
+    }
 }
 
 /// Outcome of a delete.
@@ -174,6 +256,12 @@ pub fn store_error(error: StoreError) -> ApiError {
             "the gateway's disk is full: nothing can be created until there is space",
         )
         .with_source(error),
+        StoreError::Unavailable { .. } => ApiError::new(
+            http::StatusCode::SERVICE_UNAVAILABLE,
+            "store-unavailable",
+            "the gateway cannot reach its store: look again at what there is before you try again",
+        )
+        .with_source(error),
         error => ApiError::internal(error),
     }
 }
@@ -186,6 +274,8 @@ pub fn no_session(id: &SessionId) -> ApiError {
 impl Gateway {
     /// Creates a session: chooses an agent, writes the record, has the agent accept it.
     ///
+    /// `from`: the address of the client, where the caller is the client.
+    ///
     /// # Errors
     /// The request is wrong, or nobody can take it; nothing is left behind.
     pub async fn create_session(
@@ -193,6 +283,7 @@ impl Gateway {
         caller: &Caller,
         post: SessionsPost,
         repeat: Option<&str>,
+        from: Option<IpAddr>,
     ) -> Result<(Arc<Session>, Vec<StunServer>), ApiError> {
         let started = Instant::now();
         let body = hex::encode(Sha256::digest(serde_json::to_vec(&post).unwrap_or_default()));
@@ -214,13 +305,29 @@ impl Gateway {
                 return Ok((session, stun_servers));
             }
         }
-        let wanted = check(post)?;
-        let want = Wanted { app: &wanted.app, version: wanted.app_version, region: &wanted.region };
+        let wanted = check(post, self.settings().idle_time_min)?;
+        let located = || {
+            let address = wanted.client_address.or(from)?;
+            self.geoip.as_ref()?.locate(address)
+        };
+        let client = match wanted.location {
+            _ if !wanted.round_trips.is_empty() => Whereabouts::RoundTrips(&wanted.round_trips),
+            Some(location) => Whereabouts::At(location),
+            None => located().map_or(Whereabouts::Unknown, Whereabouts::At),
+        };
+        let want = Wanted { app: &wanted.app, version: wanted.app_version, region: &wanted.region, client };
         let candidates = loop {
             match self.agents().choose(Instant::now(), want, rand::random::<f64>) {
                 Ok(candidates) => break candidates,
                 Err(_) if self.started.elapsed() < FIRST_REPORTS => {}
-                Err(error) => return Err(error.into()),
+                Err(error) => {
+                    tracing::warn!(
+                        app = wanted.app,
+                        region = wanted.region,
+                        "no cluster for a session: {error}"
+                    );
+                    return Err(error.into());
+                }
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         };
@@ -255,9 +362,8 @@ impl Gateway {
         let mut compares = vec![Compare::absent(key(&id))];
         let mut ops = vec![Op::put(key(&id), encode(&key(&id), &session).map_err(store_error)?)];
         if let Some(key) = &repeat_key {
-            let lease = self.store.grant(DAY).await.map_err(store_error)?;
-            let value = encode(key, &Repeat { session_id: id.clone(), body }).map_err(store_error)?;
-            ops.push(Op::put_leased(key, value, lease));
+            let repeat = Repeat { session_id: id.clone(), body, expires_at: self.now() + DAY };
+            ops.push(Op::put(key, encode(key, &repeat).map_err(store_error)?));
             compares.push(match self.store.get(key).await.map_err(store_error)? {
                 Some(entry) => Compare::revision(key, entry.revision),
                 None => Compare::absent(key),
@@ -291,6 +397,7 @@ impl Gateway {
             }
             match self.accept(&session).await {
                 Ok(stun_servers) => {
+                    self.agents().placed(&candidate.agent_id);
                     let current = self.index.get(&id).unwrap_or_else(|| Arc::new(session));
                     tracing::info!(
                         session.id = %id,
@@ -320,7 +427,9 @@ impl Gateway {
             }
         }
         self.forget(&id, unsure).await.map_err(store_error)?;
-        Err(NoAgent::Refused { app: session.app, refusals }.into())
+        let error = NoAgent::Refused { app: session.app, refusals };
+        tracing::warn!(session.id = %id, "no cluster for a session: {error}");
+        Err(error.into())
     }
 
     async fn accept(&self, session: &Session) -> Result<Vec<StunServer>, Refused> {
@@ -410,9 +519,13 @@ impl Gateway {
             Some(record) => Some(self.index.put(record.value, record.revision)),
             None => {
                 self.index.remove(id);
+                // What goes with a session, and is swept should this not be reached.
+                let mut ops = vec![Op::delete(shares::key(id))];
                 if let Some(Session { origin: Origin::Ams, instance_id: Some(instance_id), .. }) = &before {
-                    let op = Op::delete(format!("{INSTANCES}{instance_id}"));
-                    self.store.transact(vec![], vec![op]).await?;
+                    ops.push(Op::delete(format!("{INSTANCES}{instance_id}")));
+                }
+                if before.is_some() {
+                    self.store.transact(vec![], ops).await?;
                 }
                 None
             }
@@ -446,10 +559,11 @@ impl Gateway {
 
     /// Removes a record. `unsure`: an instance may be left; reports of it will be answered with its end.
     async fn forget(&self, id: &SessionId, unsure: bool) -> Result<(), StoreError> {
-        let mut ops = vec![Op::delete(key(id))];
+        let mut ops = vec![Op::delete(key(id)), Op::delete(shares::key(id))];
         if unsure {
-            let lease = self.store.grant(DAY).await?;
-            ops.push(Op::put_leased(format!("{ENDED}{id}"), "ended", lease));
+            let key = format!("{ENDED}{id}");
+            let value = encode(&key, &Ended { expires_at: self.now() + DAY })?;
+            ops.push(Op::put(key, value));
         }
         self.store.transact(vec![], ops).await?;
         self.index.remove(id);
@@ -570,6 +684,22 @@ impl Gateway {
             }
         });
 
+        // Every report reaches every unit a second time, but only the owner looks.
+        let mut reports = self.bus.subscribe(&sessions_report()).await?;
+        let gateway = self.clone();
+        self.shutdown.spawn_until_stopped("absent sessions", async move {
+            while let Some(message) = reports.next().await {
+                if gateway.ownership.is_owner() {
+                    // What cannot be read was told by whoever took it for its states.
+                    if let Ok(report) = message.json::<SessionsReport>() {
+                        gateway.look_for_absent(report).await;
+                    }
+                } else {
+                    gateway.reconciler.absence.lock().unwrap_or_else(PoisonError::into_inner).reset();
+                }
+            }
+        });
+
         let gateway = self.clone();
         let serving = self
             .bus
@@ -582,17 +712,101 @@ impl Gateway {
         self.shutdown.spawn_until_stopped("reconcile sessions", async move {
             let _serving = serving;
             let mut observing_since = gateway.now();
+            let mut swept = Instant::now();
             loop {
                 tokio::time::sleep(RECONCILE).await;
-                if !*gateway.bus.connected().borrow() {
-                    // While we see nothing, nothing is anybody's fault.
+                if !*gateway.bus.connected().borrow() || !gateway.ownership.is_owner() {
+                    // While we see nothing, or another unit is responsible, nothing is anybody's fault.
                     observing_since = gateway.now();
+                    gateway.reconciler.absence.lock().unwrap_or_else(PoisonError::into_inner).reset();
                     continue;
                 }
                 gateway.reconcile(observing_since).await;
+                gateway.forget_absent();
+                if swept.elapsed() >= SWEEP {
+                    swept = Instant::now();
+                    if let Err(error) = gateway.sweep().await {
+                        tracing::warn!("taking away what has expired failed: {error}");
+                    }
+                }
+            }
+        });
+        let gateway = self.clone();
+        self.shutdown.spawn("own the reconciler", async move {
+            gateway.ownership.keep(&gateway.store, &gateway.config.unit, &gateway.shutdown).await;
+        });
+        Ok(())
+    }
+
+    /// Reads the items of configuration, and follows their changes.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub async fn start_settings(&self) -> Result<(), StoreError> {
+        let mut watch = self.store.watch(SETTINGS).await?;
+        let mut items = BTreeMap::new();
+        if let Some(event) = watch.next().await {
+            fold_settings(&mut items, event);
+        }
+        self.set_settings(&items);
+        let gateway = self.clone();
+        self.shutdown.spawn_until_stopped("watch configuration", async move {
+            while let Some(event) = watch.next().await {
+                fold_settings(&mut items, event);
+                gateway.set_settings(&items);
             }
         });
         Ok(())
+    }
+
+    /// Changes an item; this unit knows it when this returns.
+    ///
+    /// # Errors
+    /// The store cannot be used.
+    pub async fn change_setting(&self, name: &str, value: &str) -> Result<(), StoreError> {
+        let key = format!("{SETTINGS}{name}");
+        if value.is_empty() {
+            self.store.transact(vec![], vec![Op::delete(&key)]).await?;
+        } else {
+            self.store.put_json(&key, &value.to_owned()).await?;
+        }
+        let items = self.store.list_json::<String>(SETTINGS).await?;
+        let name = |key: String| key.strip_prefix(SETTINGS).unwrap_or_default().to_owned();
+        self.set_settings(&items.into_iter().map(|(key, record)| (name(key), record.value)).collect());
+        Ok(())
+    }
+
+    /// Takes away records whose time is over.
+    async fn sweep(&self) -> Result<(), StoreError> {
+        let now = self.now();
+        for prefix in [REPEATS, ENDED] {
+            let mut after: Option<String> = None;
+            loop {
+                let page = self.store.range(prefix, after.as_deref(), SWEEP_PAGE).await?;
+                let mut removals = Vec::new();
+                for entry in &page.entries {
+                    // What cannot be read is somebody else's.
+                    let over = decode::<Expiring>(&entry.key, &entry.value);
+                    if over.is_ok_and(|record| record.expires_at <= now) {
+                        removals
+                            .push((Compare::revision(&entry.key, entry.revision), Op::delete(&entry.key)));
+                    }
+                }
+                for part in removals.chunks(fanlight_store::MAX_TRANSACTION_OPS) {
+                    let (compares, ops) = part.iter().cloned().unzip();
+                    match self.store.transact(compares, ops).await {
+                        // Used again meanwhile; the next sweep looks again.
+                        Ok(_) | Err(StoreError::Conflict) => {}
+                        Err(error) => return Err(error),
+                    }
+                }
+                after = page.entries.last().map(|entry| entry.key.clone());
+                if !page.more {
+                    break;
+                }
+            }
+        }
+        self.sweep_shares().await
     }
 
     async fn reconcile(&self, observing_since: i64) {
@@ -661,36 +875,26 @@ impl Gateway {
 
     /// Folds a report of an agent into the records.
     async fn take_report(&self, report: SessionsReport) {
-        let reported: HashSet<&SessionId> =
-            report.sessions.iter().map(|session| &session.session_id).collect();
         futures_util::stream::iter(&report.sessions)
             .for_each_concurrent(CONCURRENT, |session| self.take_session(&report, session))
             .await;
-        let now = Instant::now();
-        let mut vanished = Vec::new();
-        {
-            let mut missing = self.reconciler.missing.lock().unwrap_or_else(PoisonError::into_inner);
-            missing.retain(|id, _| !reported.contains(id) && self.index.get(id).is_some());
-            if report.complete {
-                for session in self.index.all() {
-                    let of_this_agent =
-                        session.agent_id == report.agent_id && session.cluster_id == report.cluster_id;
-                    if !of_this_agent || reported.contains(&session.id) {
-                        continue;
-                    }
-                    let since = *missing.entry(session.id.clone()).or_insert(now);
-                    if now.saturating_duration_since(since) >= MISSING {
-                        vanished.push(session);
-                    }
-                }
-            }
-        }
-        for session in vanished {
-            if session.handle(self.now(), &Input::Missing) == Verdict::Keep {
-                continue;
-            }
-            if let Err(error) = self.handle(&session.id, &Input::Missing).await {
-                tracing::error!(session.id = %session.id, "writing a session failed: {error}");
+    }
+
+    fn forget_absent(&self) {
+        let mut absence = self.reconciler.absence.lock().unwrap_or_else(PoisonError::into_inner);
+        absence.forget(|id| self.index.get(id).is_some());
+    }
+
+    /// Looks for sessions that the complete reports of their agents lack.
+    async fn look_for_absent(&self, report: SessionsReport) {
+        let vanished = {
+            let mut absence = self.reconciler.absence.lock().unwrap_or_else(PoisonError::into_inner);
+            absence
+                .take(Instant::now(), &report, || self.index.of_agent(&report.agent_id, &report.cluster_id))
+        };
+        for id in vanished {
+            if let Err(error) = self.handle(&id, &Input::Missing).await {
+                tracing::error!(session.id = %id, "writing a session failed: {error}");
             }
         }
     }
@@ -842,7 +1046,7 @@ enum Refused {
 }
 
 /// ICE servers that browsers take: one bad entry makes clients of the original hang (signaling section 3).
-fn usable(servers: Vec<StunServer>) -> Vec<StunServer> {
+pub fn usable(servers: Vec<StunServer>) -> Vec<StunServer> {
     let known =
         |url: &String| ["stun:", "stuns:", "turn:", "turns:"].iter().any(|scheme| url.starts_with(scheme));
     servers

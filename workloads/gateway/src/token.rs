@@ -2,7 +2,7 @@
 //! accounts and for signalling sockets. Pure; keys, accounts and the clock come from elsewhere.
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
-use fanlight_api::{SessionId, gateway::ScreenPatch};
+use fanlight_api::{SessionId, ShareId, gateway::ScreenPatch};
 use hmac::{Hmac, Mac as _};
 use sha2::Sha256;
 use subtle::ConstantTimeEq as _;
@@ -11,6 +11,10 @@ use subtle::ConstantTimeEq as _;
 const API_LOCATION: &str = "anbox-stream-gateway";
 /// Location of socket tokens.
 const SOCKET_LOCATION: &str = "fanlight-socket";
+/// Location of the tokens in the URLs of shares.
+const SHARE_LOCATION: &str = "fanlight-share";
+/// Location of the socket tokens that shares are exchanged for.
+const ADB_LOCATION: &str = "fanlight-adb";
 /// Longest token that is looked at, characters.
 const MAX_TOKEN: usize = 4096;
 
@@ -38,6 +42,19 @@ pub enum TokenError {
 }
 
 type Key = [u8; 32];
+
+/// Kinds of tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Of an account.
+    Api,
+    /// For a signalling socket.
+    Socket,
+    /// In the URL of a share.
+    Share,
+    /// For a socket of a share.
+    Adb,
+}
 
 fn mac(key: &[u8], data: &[u8]) -> Key {
     let mut mac = <Hmac<Sha256> as hmac::Mac>::new_from_slice(key).expect("HMAC takes keys of any length");
@@ -79,14 +96,15 @@ impl Macaroon {
         if bool::from(self.chain(key).ct_eq(&self.signature)) { Ok(()) } else { Err(TokenError::Signature) }
     }
 
-    /// Whether it says that it is an API token.
-    pub fn is_api(&self) -> bool {
-        self.location == API_LOCATION
-    }
-
-    /// Whether it says that it is a socket token.
-    pub fn is_socket(&self) -> bool {
-        self.location == SOCKET_LOCATION
+    /// What it says that it is.
+    pub fn kind(&self) -> Option<Kind> {
+        match self.location.as_str() {
+            API_LOCATION => Some(Kind::Api),
+            SOCKET_LOCATION => Some(Kind::Socket),
+            SHARE_LOCATION => Some(Kind::Share),
+            ADB_LOCATION => Some(Kind::Adb),
+            _ => None,
+        }
     }
 
     /// Name of the account, or id of the session.
@@ -208,6 +226,11 @@ pub fn socket_key(root: &[u8]) -> Key {
     mac(root, b"socket")
 }
 
+/// The key of everything about shares.
+pub fn share_key(root: &[u8]) -> Key {
+    mac(root, b"share")
+}
+
 /// Makes an API token. `expiry_at` in Unix seconds, at most [`LATEST_EXPIRY`]; none: never.
 pub fn api_token(key: &Key, account: &str, expiry_at: Option<i64>) -> String {
     let caveats = expiry_at.and_then(write_time).into_iter().collect();
@@ -261,7 +284,7 @@ impl SocketGrant {
     /// # Errors
     /// Made with another key, changed, or over.
     pub fn check(token: &Macaroon, key: &Key, now: i64) -> Result<Self, TokenError> {
-        if !token.is_socket() {
+        if token.kind() != Some(Kind::Socket) {
             return Err(TokenError::Signature);
         }
         token.verify(key)?;
@@ -284,6 +307,68 @@ impl SocketGrant {
             }
         }
         Ok(grant)
+    }
+}
+
+/// The token in the URL of a share. It is valid as long as the share is.
+pub fn share_token(key: &Key, share: &ShareId) -> String {
+    Macaroon::make(SHARE_LOCATION, share.as_str(), Vec::new(), key).to_text()
+}
+
+/// The share that a token opens.
+///
+/// # Errors
+/// Made with another key, changed, or of another kind.
+pub fn check_share_token(token: &Macaroon, key: &Key) -> Result<ShareId, TokenError> {
+    if token.kind() != Some(Kind::Share) {
+        return Err(TokenError::Signature);
+    }
+    token.verify(key)?;
+    if !token.caveats.is_empty() {
+        return Err(TokenError::Condition);
+    }
+    token.identifier.parse().map_err(|_| TokenError::Malformed)
+}
+
+/// What the socket token of a share allows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShareGrant {
+    /// Which share, and with it which session.
+    pub share_id: ShareId,
+    /// Counts the connections of the share: a later one takes over.
+    pub connection: u64,
+    /// Unix seconds until which it may be used.
+    pub expires_at: i64,
+}
+
+impl ShareGrant {
+    /// Makes the token.
+    pub fn to_token(&self, key: &Key) -> String {
+        let mut caveats = vec![format!("connection = {}", self.connection)];
+        caveats.extend(write_time(self.expires_at).map(|time| format!("time < {time}")));
+        Macaroon::make(ADB_LOCATION, self.share_id.as_str(), caveats, key).to_text()
+    }
+
+    /// Checks a token.
+    ///
+    /// # Errors
+    /// Made with another key, changed, or over.
+    pub fn check(token: &Macaroon, key: &Key, now: i64) -> Result<Self, TokenError> {
+        if token.kind() != Some(Kind::Adb) {
+            return Err(TokenError::Signature);
+        }
+        token.verify(key)?;
+        let share_id = token.identifier.parse().map_err(|_| TokenError::Malformed)?;
+        let [connection, time] = token.caveats.as_slice() else { return Err(TokenError::Condition) };
+        let connection = connection.strip_prefix("connection = ").and_then(|text| text.parse().ok());
+        let until = time.strip_prefix("time < ").and_then(read_time);
+        let (Some(connection), Some(expires_at)) = (connection, until) else {
+            return Err(TokenError::Condition);
+        };
+        if now >= expires_at {
+            return Err(TokenError::Expired(time.trim_start_matches("time < ").to_owned()));
+        }
+        Ok(Self { share_id, connection, expires_at })
     }
 }
 
@@ -349,7 +434,7 @@ mod tests {
                 changed[position] ^= 1 << bit;
                 if let Some(macaroon) = Macaroon::read(&changed) {
                     // The location is not signed in this scheme; changing it makes another kind of token.
-                    let accepted = macaroon.is_api() && check_api_token(&macaroon, &key, NOW).is_ok();
+                    let accepted = macaroon.kind() == Some(Kind::Api) && check_api_token(&macaroon, &key, NOW).is_ok();
                     assert!(!accepted, "bit {bit} of byte {position}");
                 }
             }
@@ -378,5 +463,22 @@ mod tests {
         assert_eq!(SocketGrant::check(&api, &key, NOW), Err(TokenError::Signature), "another kind");
         let strange = Macaroon::make(SOCKET_LOCATION, "s1", vec!["moon = full".into()], &key);
         assert_eq!(SocketGrant::check(&strange, &key, NOW), Err(TokenError::Condition));
+    }
+
+    #[test]
+    fn tokens_of_shares_open_their_share_alone() {
+        let key = share_key(b"root");
+        let share_id: ShareId = "s1-x".parse().expect("id");
+        let token = Macaroon::parse(&share_token(&key, &share_id)).expect("ours");
+        assert_eq!(check_share_token(&token, &key), Ok(share_id.clone()));
+        assert_eq!(check_share_token(&token, &share_key(b"other")), Err(TokenError::Signature));
+        let grant = ShareGrant { share_id, connection: 3, expires_at: NOW + 60 };
+        let socket = Macaroon::parse(&grant.to_token(&key)).expect("ours");
+        assert_eq!(ShareGrant::check(&socket, &key, NOW), Ok(grant));
+        assert!(matches!(ShareGrant::check(&socket, &key, NOW + 60), Err(TokenError::Expired(_))));
+        assert_eq!(check_share_token(&socket, &key), Err(TokenError::Signature), "another kind");
+        assert_eq!(ShareGrant::check(&token, &key, NOW), Err(TokenError::Signature), "another kind");
+        let bare = Macaroon::make(ADB_LOCATION, "s1-x", vec![], &key);
+        assert_eq!(ShareGrant::check(&bare, &key, NOW), Err(TokenError::Condition));
     }
 }

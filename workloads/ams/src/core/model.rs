@@ -1,6 +1,6 @@
 //! Records of AMS as they lie in the store, and their keys.
 
-use std::collections::BTreeMap;
+use std::{cmp::Ordering, collections::BTreeMap};
 
 use fanlight_api::{
     ApplicationId, InstanceId, NodeId, OperationId, SessionId,
@@ -103,6 +103,14 @@ pub struct LaunchRecord {
     pub at: i64,
 }
 
+impl LaunchRecord {
+    /// How a launch with this attempt stands to the one that counts: a lesser one is refused, an equal one is the
+    /// same launch again, a greater one makes a new instance.
+    pub fn judge(&self, attempt: u64) -> Ordering {
+        attempt.cmp(&self.attempt)
+    }
+}
+
 /// Long work, and what ends it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct OperationRecord {
@@ -153,6 +161,27 @@ pub struct Intent {
     pub force: bool,
     /// Unix seconds since when.
     pub since: i64,
+}
+
+impl Intent {
+    /// A request to remove the instance. Asked again, the time of the first request counts, and force stays.
+    pub fn delete(&self, force: bool, now: i64) -> Self {
+        let again = self.target == Target::Deleted;
+        Self {
+            target: Target::Deleted,
+            force: force || (self.force && again),
+            since: if again { self.since } else { now },
+            run: self.run,
+        }
+    }
+
+    /// A request to stop the instance.
+    pub fn stop(&self, now: i64) -> Self {
+        if self.target == Target::Stopped {
+            return self.clone();
+        }
+        Self { target: Target::Stopped, since: now, force: false, run: self.run }
+    }
 }
 
 /// Where an instance should be.
@@ -289,6 +318,34 @@ impl InstanceRecord {
             memory_bytes: self.resources.memory,
             gpu_slots: u32::try_from(self.resources.gpu_slots).unwrap_or(0),
         }
+    }
+
+    /// Whether it runs, or will, without being asked to start again.
+    pub fn is_going(&self) -> bool {
+        use InstanceStatus as S;
+        self.intent.target == Target::Running
+            && !matches!(self.observed.status, S::Stopped | S::Error | S::Deleted)
+    }
+
+    /// A request to start it again; its share must have been reserved before.
+    pub fn start_again(&mut self, now: i64) {
+        self.intent = Intent { target: Target::Running, run: self.intent.run + 1, force: false, since: now };
+        // From here on it holds its share again.
+        self.observed = Observed {
+            status: InstanceStatus::Prepared,
+            run: self.observed.run,
+            message: String::new(),
+            error: String::new(),
+            since: now,
+        };
+    }
+
+    /// The agent made a session for it.
+    pub fn with_session(mut self, streaming: Streaming) -> Self {
+        if self.session == Session::Wanted {
+            self.session = Session::Made { streaming };
+        }
+        self
     }
 
     /// URL of the instance.

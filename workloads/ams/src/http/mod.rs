@@ -236,6 +236,12 @@ fn store_error(error: StoreError) -> ApiError {
             "the disk of AMS is full: nothing can be changed until there is space",
         )
         .with_source(error),
+        StoreError::Unavailable { .. } => ApiError::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "store-unavailable",
+            "AMS cannot reach its store: look again at what there is before you try again",
+        )
+        .with_source(error),
         error => ApiError::internal(error),
     }
 }

@@ -74,8 +74,7 @@ async fn status_and_description_need_no_token_and_say_more_with_one() {
 async fn unknown_paths_and_methods_answer_in_the_envelope() {
     let rig = Rig::new().await;
     rig.get("/").await.body.to_string();
-    rig.get("/1.0/shares").await.refused(404, "/1.0/shares");
-    rig.get("/1.0/config").await.refused(404, "/1.0/config");
+    rig.get("/1.0/invitations").await.refused(404, "/1.0/invitations");
     rig.get("/index.php").await.refused(404, "/index.php");
     rig.ask(Method::PATCH, "/1.0/sessions", None).await.refused(405, "PATCH");
     rig.ask(Method::PUT, "/1.0/status", None).await.refused(405, "PUT");

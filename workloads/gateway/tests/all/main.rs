@@ -2,7 +2,9 @@
 //! our own on the in-process bus.
 
 mod accounts;
+mod admin;
 mod page;
 mod relay;
 mod rig;
 mod sessions;
+mod shares;

@@ -179,7 +179,7 @@ async fn wrong_tokens_roles_and_sessions_are_refused_before_the_upgrade() {
         (path(&format!("/1.0/sessions/{id}/sockets/slave?token={foreign}")), 403, "foreign-token"),
         (path(&format!("/1.0/sessions/{id}/sockets/slave?token={}", rig.token)), 403, "wrong-token-kind"),
         (path(&format!("/1.0/sessions/{id}/sockets/master?token={token}")), 400, "unsupported-role"),
-        (path(&format!("/1.0/sessions/{id}/sockets/adb?token={token}")), 400, "unsupported-role"),
+        (path(&format!("/1.0/sessions/{id}/sockets/adb?token={token}")), 403, "wrong-token-kind"),
         (path(&format!("/1.0/sessions/{id}/sockets/tea?token={token}")), 404, "not-found"),
     ] {
         let (got, body) = open(&rig, &url, None).await.err().expect("refused");

@@ -14,9 +14,9 @@ use std::{
 use fanlight_api::{
     SessionId,
     bus::{
-        AgentReport, AgentRequest, AgentResponse, Capacity, InstanceState, Launch, ReportedApplication,
-        SessionReport, SessionsReport, agent_requests, agents_report, session_down, session_up,
-        sessions_report,
+        AgentReport, AgentRequest, AgentResponse, Capacity, InstanceState, Launch, Needs,
+        ReportedApplication, SessionReport, SessionsReport, agent_requests, agents_report, session_down,
+        session_up, sessions_report,
     },
     gateway::{Application, StunServer},
     link::{Frame, Link, Packet, Side, hello},
@@ -261,6 +261,7 @@ pub struct Agent {
 #[derive(Default)]
 struct State {
     region: &'static str,
+    location: Option<(f64, f64)>,
     instances: BTreeMap<SessionId, Instance>,
     /// Launches as accepted, in order.
     accepted: Vec<Launch>,
@@ -286,7 +287,16 @@ impl Drop for Agent {
 
 impl Agent {
     pub async fn start(bus: Bus, id: &'static str, region: &'static str) -> Self {
-        let state = Arc::new(Mutex::new(State { region, ..State::default() }));
+        Self::start_at(bus, id, region, None).await
+    }
+
+    pub async fn start_at(
+        bus: Bus,
+        id: &'static str,
+        region: &'static str,
+        location: Option<(f64, f64)>,
+    ) -> Self {
+        let state = Arc::new(Mutex::new(State { region, location, ..State::default() }));
         let silent = Arc::new(AtomicBool::new(false));
         let mut agent =
             Self { id, bus: bus.clone(), state: state.clone(), silent: silent.clone(), tasks: vec![] };
@@ -330,6 +340,7 @@ impl Agent {
                 },
                 versions: vec![0, 1],
                 published: Some(1),
+                needs: Needs::default(),
             };
             let cluster_id = format!("cluster-{id}");
             bus.publish_json(
@@ -340,7 +351,9 @@ impl Agent {
                     incarnation: "1".into(),
                     region: state.region.into(),
                     cluster_id: cluster_id.clone(),
-                    location: None,
+                    sent_ms: 0,
+                    location: state.location,
+                    stun_urls: vec![format!("stun:{}.example:3478", state.region)],
                     applications: vec![application("terminal"), application("paint")],
                     capacity: Capacity::default(),
                     ams_reachable: true,
@@ -364,6 +377,9 @@ impl Agent {
                     agent_id: id.parse().expect("id"),
                     cluster_id,
                     complete: true,
+                    series: 0,
+                    part: 0,
+                    parts: 1,
                     sessions: state.instances.iter().map(report).collect(),
                 },
             );

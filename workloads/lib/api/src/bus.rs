@@ -63,9 +63,15 @@ pub struct AgentReport {
     pub region: String,
     /// Cluster behind it.
     pub cluster_id: String,
+    /// When this was sent by the agent's clock, Unix milliseconds; 0 = not told.
+    #[serde(default)]
+    pub sent_ms: i64,
     /// Degrees, WGS 84: latitude, longitude.
     #[serde(default)]
     pub location: Option<(f64, f64)>,
+    /// STUN URLs of the region, by which clients may measure their way there.
+    #[serde(default)]
+    pub stun_urls: Vec<String>,
     /// What can be streamed there.
     pub applications: Vec<ReportedApplication>,
     /// What is free there.
@@ -89,20 +95,56 @@ pub struct ReportedApplication {
     /// The version that a launch without a number takes; absent: none is published.
     #[serde(default)]
     pub published: Option<u32>,
+    /// What an instance takes.
+    #[serde(default)]
+    pub needs: Needs,
 }
 
-/// Free capacity of a cluster, for choosing among clusters. Absent = unknown, counts as free.
+/// What an instance of an application takes of a cluster; 0 = not told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Needs {
+    /// CPUs.
+    #[serde(default)]
+    pub cpus: u32,
+    /// Bytes.
+    #[serde(default)]
+    pub memory_bytes: u64,
+    /// Shares of GPUs.
+    #[serde(default)]
+    pub gpu_slots: u32,
+    /// Parallel hardware encodes that it cannot do without.
+    #[serde(default)]
+    pub encoder_slots: u32,
+}
+
+/// Capacity of a cluster, for choosing among clusters. Absent = unknown, counts as free. A cluster that tells what
+/// is free but not for one node together may still refuse a launch; the agent then says so.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Capacity {
     /// Instances that run now.
     #[serde(default)]
     pub instances: u32,
+    /// Further instances that may be started.
+    #[serde(default)]
+    pub free_instances: Option<u32>,
+    /// CPUs after over-commit.
+    #[serde(default)]
+    pub cpus: Option<f64>,
     /// Free CPUs after over-commit.
     #[serde(default)]
     pub free_cpus: Option<f64>,
+    /// Bytes of memory after over-commit.
+    #[serde(default)]
+    pub memory_bytes: Option<u64>,
     /// Free bytes of memory after over-commit.
     #[serde(default)]
     pub free_memory_bytes: Option<u64>,
+    /// Free shares of GPUs. Absent: unknown; 0 also where there is no GPU.
+    #[serde(default)]
+    pub free_gpu_slots: Option<u32>,
+    /// Free parallel hardware encodes. Absent: unknown or none, streams are encoded in software.
+    #[serde(default)]
+    pub free_encoder_slots: Option<u32>,
 }
 
 /// States of sessions as an agent sees them.
@@ -114,9 +156,18 @@ pub struct SessionsReport {
     pub agent_id: AgentId,
     /// Cluster behind it.
     pub cluster_id: String,
-    /// Whether `sessions` is everything the agent knows (after a sync with AMS), so that a session of this
-    /// agent that is missing here has no instance.
+    /// Whether `sessions`, together with the other parts of the series, is everything the agent knows (after a sync
+    /// with AMS), so that a session of this agent that is missing there has no instance.
     pub complete: bool,
+    /// Which complete report this is a part of; another number with each.
+    #[serde(default)]
+    pub series: u64,
+    /// Which part this is, from 0.
+    #[serde(default)]
+    pub part: u32,
+    /// How many parts the series has; 0 counts as 1.
+    #[serde(default)]
+    pub parts: u32,
     /// States, in any order.
     pub sessions: Vec<SessionReport>,
 }

@@ -3,9 +3,10 @@
 //! and always carries the key `metadata` (ams-api section 2).
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// The kind of answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
     /// Done; `metadata` is the result.
@@ -70,7 +71,7 @@ impl GatewayEnvelope<serde_json::Value> {
 }
 
 /// Our addition to every error: a stable code for programs and an id to find the log line by.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ErrorDetail {
     /// Stable, lower case with dashes, e.g. `session-not-found`.
     pub code: String,

@@ -7,6 +7,10 @@
 use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
+use utoipa::{
+    PartialSchema, ToSchema,
+    openapi::{ObjectBuilder, RefOr, Schema, Type},
+};
 
 /// An id that is empty, too long or holds a character outside the allowed set.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -50,6 +54,19 @@ macro_rules! id {
             }
         }
 
+        impl PartialSchema for $name {
+            fn schema() -> RefOr<Schema> {
+                let text = ObjectBuilder::new()
+                    .schema_type(Type::String)
+                    .min_length(Some(1))
+                    .max_length(Some(255))
+                    .pattern(Some("^[A-Za-z0-9_:.-]+$"));
+                RefOr::T(Schema::Object(text.build()))
+            }
+        }
+
+        impl ToSchema for $name {}
+
         impl FromStr for $name {
             type Err = InvalidId;
             fn from_str(text: &str) -> Result<Self, InvalidId> {
@@ -81,6 +98,10 @@ id!(
 id!(
     /// One running application with its resources; owned by AMS.
     InstanceId
+);
+id!(
+    /// A way into a session that its owner gave away; owned by the gateway.
+    ShareId
 );
 id!(
     /// Something that can be run.

@@ -17,7 +17,9 @@ pub mod link;
 pub mod secret;
 pub mod signal;
 
-pub use ids::{AgentId, ApplicationId, ImageId, InstanceId, InvalidId, NodeId, OperationId, SessionId};
+pub use ids::{
+    AgentId, ApplicationId, ImageId, InstanceId, InvalidId, NodeId, OperationId, SessionId, ShareId,
+};
 pub use secret::Secret;
 
 /// Version written into bus messages, guest files and link packets.

@@ -56,6 +56,20 @@ async fn next(subscription: &mut Subscription) -> Message {
         .expect("the bus lives")
 }
 
+/// How often a request was answered, or a message arrived.
+type Count = Arc<AtomicUsize>;
+
+/// Waits until each of these has grown.
+async fn until_grown(what: &str, counts: &[Count], by: usize) {
+    let goals: Vec<usize> = counts.iter().map(|count| count.load(Ordering::SeqCst) + by).collect();
+    let grown = async {
+        while counts.iter().zip(&goals).any(|(count, goal)| count.load(Ordering::SeqCst) < *goal) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, grown).await.unwrap_or_else(|_| panic!("{what}"));
+}
+
 fn text(message: &Message) -> String {
     String::from_utf8(message.payload.to_vec()).expect("text")
 }
@@ -382,11 +396,123 @@ async fn a_server_with_tls_takes_who_has_a_certificate_of_its_authority() {
     settle(&bus).await;
     let without = BusConfig { ca: path("ca.pem"), ..BusConfig::at(url.clone()) };
     let foreign = BusConfig { ca: path("other-ca.pem"), ..good.clone() };
-    for config in [without, foreign] {
+    let stranger = BusConfig { certificate: path("stranger.pem"), key: path("stranger.key"), ..good.clone() };
+    for config in [without, foreign, stranger] {
         let bus = Bus::connect(&config).await.expect("looked for until it works");
         assert!(!bus.flush(SHORT).await, "{config:?}");
     }
     let missing = BusConfig { ca: "/none/ca.pem".into(), ..good };
     let error = Bus::connect(&missing).await.err().expect("no file").to_string();
     assert!(error.contains("/none/ca.pem"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_certificate_is_a_login_where_the_server_takes_it_for_one() {
+    let folder = tempfile::tempdir().expect("a folder");
+    server::certificates(folder.path());
+    let path = |name: &str| folder.path().join(name);
+    let at = folder.path().display();
+    let settings = path("server.conf");
+    let text = format!(
+        r#"
+            tls {{
+                cert_file: "{at}/server.pem", key_file: "{at}/server.key", ca_file: "{at}/ca.pem"
+                verify_and_map: true
+            }}
+            authorization {{ users: [ {{ user: "CN=client" }} ] }}
+        "#
+    );
+    std::fs::write(&settings, text).expect("written");
+    let server = Server::start(&["--config", settings.to_str().expect("text")]);
+    let url = server.url().replace("nats://", "tls://");
+    let config = |name: &str| BusConfig {
+        ca: path("ca.pem"),
+        certificate: path(&format!("{name}.pem")),
+        key: path(&format!("{name}.key")),
+        ..BusConfig::at(url.clone())
+    };
+    let bus = Bus::connect(&config("client")).await.expect("connects");
+    until_connected(&bus, true).await;
+    settle(&bus).await;
+    for name in ["guest", "stranger"] {
+        let bus = Bus::connect(&config(name)).await.expect("the server may change its mind");
+        assert!(!bus.flush(SHORT).await, "{name} is let in");
+        let error = bus.request("a", "x", SHORT).await.expect_err("not let in");
+        assert!(matches!(error, RequestError::NotConnected { .. }), "{name}: {error:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bus_of_three_servers_survives_the_loss_of_each() {
+    let folder = tempfile::tempdir().expect("a folder");
+    server::certificates(folder.path());
+    let path = |name: &str| folder.path().join(name);
+    std::fs::write(path("password"), "hunter2\n").expect("written");
+    let mut servers = server::cluster(folder.path(), 3);
+    let urls: Vec<String> = servers.iter().map(|server| server.url().replace("nats://", "tls://")).collect();
+    let config = |urls: &[String]| BusConfig {
+        user: "me".into(),
+        password_file: path("password"),
+        ca: path("ca.pem"),
+        certificate: path("client.pem"),
+        key: path("client.key"),
+        ..BusConfig::at(urls.join(","))
+    };
+    let mut buses = Vec::new();
+    for _ in 0..6 {
+        let bus = Bus::connect(&config(&urls)).await.expect("connects");
+        until_connected(&bus, true).await;
+        buses.push(bus);
+    }
+    // Each does everything, so that wherever one is connected, all of it is hit by the end of a server.
+    let mut serving = Vec::new();
+    let (mut answered, mut arrived): (Vec<Count>, Vec<Count>) = (Vec::new(), Vec::new());
+    for bus in &buses {
+        let echo = |message: Message| async move { message.respond(message.payload.clone()) };
+        serving.push(bus.serve("echo", "group", echo).await.expect("served"));
+        let count = Count::default();
+        arrived.push(count.clone());
+        let mut subscription = bus.subscribe("news").await.expect("subscribed");
+        tokio::spawn(async move {
+            while subscription.next().await.is_some() {
+                count.fetch_add(1, Ordering::SeqCst);
+            }
+        });
+        settle(bus).await;
+    }
+    for (n, bus) in buses.iter().enumerate() {
+        let count = Count::default();
+        answered.push(count.clone());
+        let bus = bus.clone();
+        tokio::spawn(async move {
+            for round in 0.. {
+                let text = format!("{n} {round}");
+                // What is lost is asked again, as everybody on this bus does.
+                if let Ok(answer) = bus.request("echo", text.clone(), 5 * SHORT).await {
+                    assert_eq!(answer, text, "the answer to something else");
+                    count.fetch_add(1, Ordering::SeqCst);
+                }
+                bus.publish("news", text);
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        });
+    }
+    until_grown("requests are answered", &answered, 20).await;
+    until_grown("news arrive", &arrived, 20).await;
+    for server in 0..3 {
+        servers[server].kill();
+        until_grown("requests go on without a server", &answered, 50).await;
+        until_grown("subscriptions survive a server", &arrived, 50).await;
+        servers[server].restart();
+        // One that knows this server only is answered by those at the others again.
+        let returned = Bus::connect(&config(&urls[server..=server])).await.expect("connects");
+        until_connected(&returned, true).await;
+        let back = async { while returned.request("echo", "back", SHORT).await.is_err() {} };
+        tokio::time::timeout(PATIENCE, back).await.expect("it belongs to the cluster again");
+    }
+    until_grown("requests are answered at last", &answered, 20).await;
+    until_grown("news arrive at last", &arrived, 20).await;
+    for bus in &buses {
+        assert!(*bus.connected().borrow());
+    }
 }

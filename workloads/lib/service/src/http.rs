@@ -66,6 +66,8 @@ pub struct Finished<'a> {
     pub method: &'a Method,
     /// The route as declared, e.g. `/1.0/sessions/{id}`; none when no route matched.
     pub route: Option<&'a str>,
+    /// The path as it was sent.
+    pub path: &'a str,
     /// Header `Host`.
     pub host: &'a str,
     /// Status of the answer.

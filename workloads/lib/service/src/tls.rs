@@ -94,6 +94,20 @@ pub fn fingerprint_of_file(path: &Path) -> Result<String, TlsError> {
     Ok(fingerprint(&chain[0]))
 }
 
+/// Until when the first certificate in a PEM file is valid, Unix seconds.
+///
+/// # Errors
+/// The file cannot be read or holds no certificate.
+pub fn not_after(path: &Path) -> Result<i64, TlsError> {
+    let chain = read_certificates(path)?;
+    let (_, parsed) = x509_parser::parse_x509_certificate(&chain[0]).map_err(|error| TlsError::Content {
+        what: "certificate",
+        path: path.to_owned(),
+        reason: error.to_string(),
+    })?;
+    Ok(parsed.validity().not_after.timestamp())
+}
+
 /// A certificate and its key as PEM files.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KeyFiles {

@@ -36,6 +36,8 @@ pub struct Disk {
     path: PathBuf,
     opener: Opener,
     database: Option<Database>,
+    /// Whether something was written since the file was opened.
+    written: bool,
 }
 
 impl Disk {
@@ -45,7 +47,7 @@ impl Disk {
             let path = path.clone();
             move || redb::Builder::new().set_cache_size(CACHE_BYTES).create(&path)
         };
-        Self { path, opener: Box::new(opener), database: None }
+        Self { path, opener: Box::new(opener), database: None, written: false }
     }
 
     pub fn is_open(&self) -> bool {
@@ -55,6 +57,7 @@ impl Disk {
     /// Opens the file, making it if it is not there, and reads all of it.
     pub fn open(&mut self) -> Result<State, StoreError> {
         self.database = None;
+        self.written = false;
         create_file(&self.path).map_err(|error| self.io("creating", error))?;
         let start = Instant::now();
         let database = loop {
@@ -89,7 +92,8 @@ impl Disk {
     /// Makes changes last. After an error the file must be opened again.
     pub fn commit(&mut self, pending: &Pending) -> Result<(), StoreError> {
         let Some(database) = &self.database else { return Err(StoreError::Closed) };
-        let result = write(database, pending);
+        let result = write(database, pending, !self.written);
+        self.written = true;
         result.map_err(|error| {
             self.database = None;
             self.error("writing", error)
@@ -161,7 +165,8 @@ fn load(database: &Database) -> Result<Result<State, u64>, redb::Error> {
     Ok(Ok(state))
 }
 
-fn write(database: &Database, pending: &Pending) -> Result<(), redb::Error> {
+/// `first`: nothing was written since the file was opened; all tables are made, and the format is told.
+fn write(database: &Database, pending: &Pending, first: bool) -> Result<(), redb::Error> {
     // The default durability of the library is `Immediate`: on the disk when the commit returns.
     let write = database.begin_write()?;
     {
@@ -172,17 +177,20 @@ fn write(database: &Database, pending: &Pending) -> Result<(), redb::Error> {
                 None => entries.remove(key.as_str())?,
             };
         }
-        let mut leases = write.open_table(LEASES)?;
-        for (lease, ttl) in &pending.leases {
-            match ttl {
-                Some(ttl) => leases.insert(lease, u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX))?,
-                None => leases.remove(lease)?,
-            };
-        }
         let mut meta = write.open_table(META)?;
-        meta.insert("format", FORMAT)?;
         meta.insert("revision", pending.revision)?;
-        meta.insert("last_lease", pending.last_lease)?;
+        // Every table that is opened and every key that is written costs pages, and leases change rarely.
+        if first || !pending.leases.is_empty() {
+            let mut leases = write.open_table(LEASES)?;
+            for (lease, ttl) in &pending.leases {
+                match ttl {
+                    Some(ttl) => leases.insert(lease, u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX))?,
+                    None => leases.remove(lease)?,
+                };
+            }
+            meta.insert("format", FORMAT)?;
+            meta.insert("last_lease", pending.last_lease)?;
+        }
     }
     write.commit()?;
     Ok(())

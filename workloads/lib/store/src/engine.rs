@@ -23,6 +23,9 @@ use crate::{
 
 /// Most transactions that share an fsync.
 const BATCH: usize = 256;
+/// Least time from the start of one fsync to that of the next: under load, more transactions share one. A lone
+/// transaction does not wait.
+const FSYNC_PAUSE: Duration = Duration::from_millis(3);
 /// Requests that wait for the thread; further callers wait for a place.
 const QUEUE: usize = 1024;
 /// A timer this late means that this process stood still; its leases then get their time again, because
@@ -161,6 +164,11 @@ impl Store for Embedded {
         Ok(Watch::embedded(follower))
     }
 
+    async fn members(&self) -> Result<u64, StoreError> {
+        self.check_open()?;
+        Ok(1)
+    }
+
     async fn close(&self) {
         drop(self.requests.lock().unwrap_or_else(PoisonError::into_inner).take());
         let mut ended = self.ended.clone();
@@ -224,7 +232,12 @@ impl Worker {
         let _ = opened.send(open);
         if !failed {
             self.next_expiry.send_replace(self.deadlines.next());
+            let mut last: Option<Instant> = None;
             while let Some(first) = queue.blocking_recv() {
+                if let Some(last) = last.filter(|_| self.disk.is_some()) {
+                    thread::sleep(FSYNC_PAUSE.saturating_sub(last.elapsed()));
+                }
+                last = Some(Instant::now());
                 let mut batch = vec![first];
                 while batch.len() < BATCH
                     && let Ok(request) = queue.try_recv()

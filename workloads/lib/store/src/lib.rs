@@ -1,13 +1,15 @@
 //! The store: every durable record of gateway and AMS. Keys are texts, values are bytes; transactions compare
 //! and set, leases take their keys along when they expire, watches show a prefix and its changes.
 //!
-//! One trait, [`Store`], kept to what etcd offers as well. Here are two implementations that share their rules
-//! (`state`): one in a file of this machine (`redb`) and one in memory for tests. What the records mean is their
-//! owners' affair; [`StoreExt`] reads and writes them as JSON with a version.
+//! One trait, [`Store`], kept to what etcd offers. Here are three implementations: one in a file of this machine
+//! (`redb`) and one in memory for tests, which share their rules (`state`), and one on the members of an etcd cluster,
+//! for several programs at once. What the records mean is their owners' affair; [`StoreExt`] reads and writes them as
+//! JSON with a version.
 
 mod config;
 mod disk;
 mod engine;
+mod etcd;
 mod record;
 mod state;
 mod watch;
@@ -25,7 +27,8 @@ pub use watch::Watch;
 /// A store, shared.
 pub type Handle = Arc<dyn Store>;
 
-/// Counts the writing transactions of a store; grows with each, starting at 1.
+/// Counts the writing transactions of a store; grows with each, starting at 1. On etcd everybody who writes to the
+/// cluster counts, so that it also grows in between.
 pub type Revision = u64;
 
 /// A lease of a store; never given out twice.
@@ -194,11 +197,39 @@ pub enum StoreError {
     /// The request itself is wrong.
     #[error("the request to the store is invalid: {0}")]
     Invalid(String),
-    /// `store.url` is of no known kind.
-    #[error("store.url {url:?} is invalid: expected `file:PATH` or `memory:`")]
+    /// `store.url` is of no known kind, or wrong.
+    #[error("store.url {url:?} is invalid: {reason}")]
     Url {
-        /// As configured.
+        /// As configured, without credentials.
         url: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The settings contradict each other.
+    #[error("{0}")]
+    Settings(String),
+    /// A file of the settings cannot be read.
+    #[error("{key} {path:?} cannot be read")]
+    File {
+        /// The setting.
+        key: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: Arc<std::io::Error>,
+    },
+    /// No server of the store can be reached, or those that can do not agree (no quorum), or they refuse us. Where
+    /// `unknown` is set, a transaction may have taken place all the same: whoever asked must read before trying
+    /// again. Otherwise nothing was written.
+    #[error("the store at {endpoints} is unavailable: {reason}{}", if *.unknown { "; whether the change was made is unknown" } else { "" })]
+    Unavailable {
+        /// The servers, as configured.
+        endpoints: String,
+        /// What each of them did, in words.
+        reason: String,
+        /// Whether the change may have been made.
+        unknown: bool,
     },
     /// Another process has the file.
     #[error("the store {path:?} is in use by another process")]
@@ -226,10 +257,10 @@ pub enum StoreError {
         /// What the library says.
         reason: String,
     },
-    /// No space left. Nothing was written; works again once there is space.
-    #[error("no space left on the disk of the store {path:?}")]
+    /// No space left, on the disk or within the quota of etcd. Nothing was written; works again once there is space.
+    #[error("no space left for the store {path:?}")]
     Full {
-        /// The file.
+        /// The file, or the address of etcd.
         path: PathBuf,
     },
     /// The file cannot be written or read. Whether a transaction took place is unknown.
@@ -287,8 +318,11 @@ pub trait Store: Send + Sync + 'static {
     /// written.
     async fn transact(&self, compares: Vec<Compare>, ops: Vec<Op>) -> Result<Committed, StoreError>;
 
-    /// A lease that expires when it is not kept alive for `ttl` (1 s to 1 day). After a restart of an embedded
-    /// store all leases have their full time again.
+    /// A lease that expires when it is not kept alive for `ttl` (1 s to 1 day). Time in which the store itself was
+    /// away does not count: after a restart of an embedded store, and after a change of the leader of etcd, all leases
+    /// have their full time again. Time in which only the holder was cut off does count; what the end of a lease means
+    /// is for its readers to judge. Etcd knows whole seconds and a least time of its own (about 2 s), so that a lease
+    /// may last longer there.
     ///
     /// # Errors
     /// The time is out of range, or the store cannot be written.
@@ -311,6 +345,13 @@ pub trait Store: Send + Sync + 'static {
     /// # Errors
     /// The store cannot be read.
     async fn watch(&self, prefix: &str) -> Result<Watch, StoreError>;
+
+    /// How many servers hold the store: 1 for an embedded one, the members of the cluster of etcd, whether they are
+    /// well or not.
+    ///
+    /// # Errors
+    /// The store cannot be reached.
+    async fn members(&self) -> Result<u64, StoreError>;
 
     /// Ends the store and waits until its file is free for another process. Everything after answers
     /// [`StoreError::Closed`].

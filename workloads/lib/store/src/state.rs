@@ -166,9 +166,7 @@ impl Pending {
     }
 
     pub fn grant(&mut self, ttl: Duration) -> Result<LeaseId, StoreError> {
-        if !(Duration::from_secs(1)..=Duration::from_secs(86_400)).contains(&ttl) {
-            return Err(StoreError::Invalid(format!("the time of a lease is 1 s to 1 day, not {ttl:?}")));
-        }
+        check_ttl(ttl)?;
         self.last_lease += 1;
         self.leases.insert(self.last_lease, Some(ttl));
         Ok(self.last_lease)
@@ -207,7 +205,16 @@ impl Pending {
     }
 }
 
-fn check(compares: &[Compare], ops: &[Op]) -> Result<(), StoreError> {
+/// Whether a lease may be granted for this time.
+pub fn check_ttl(ttl: Duration) -> Result<(), StoreError> {
+    if (Duration::from_secs(1)..=Duration::from_secs(86_400)).contains(&ttl) {
+        return Ok(());
+    }
+    Err(StoreError::Invalid(format!("the time of a lease is 1 s to 1 day, not {ttl:?}")))
+}
+
+/// Whether a transaction keeps within the limits of every store.
+pub fn check(compares: &[Compare], ops: &[Op]) -> Result<(), StoreError> {
     let invalid = |text: String| Err(StoreError::Invalid(text));
     if compares.len() > MAX_TRANSACTION_OPS || ops.len() > MAX_TRANSACTION_OPS {
         return invalid(format!(

@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use crate::{Event, Revision, engine::read, state::State};
 
 /// Most changes that wait for one watcher.
-const QUEUE: usize = 1024;
+pub const QUEUE: usize = 1024;
 
 /// Events of one prefix, a [`Stream`]; ends when the store is closed.
 pub struct Watch {
@@ -26,11 +26,17 @@ pub struct Watch {
 
 enum Inner {
     Embedded(Follower),
+    /// Events in order, told by a task that follows the store.
+    Queue(mpsc::Receiver<Event>),
 }
 
 impl Watch {
     pub(crate) fn embedded(follower: Follower) -> Self {
         Self { inner: Inner::Embedded(follower) }
+    }
+
+    pub(crate) fn queue(events: mpsc::Receiver<Event>) -> Self {
+        Self { inner: Inner::Queue(events) }
     }
 
     /// The next event; `None` when the store is closed.
@@ -45,6 +51,7 @@ impl Stream for Watch {
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Event>> {
         match &mut self.inner {
             Inner::Embedded(follower) => follower.poll_next(cx),
+            Inner::Queue(events) => events.poll_recv(cx),
         }
     }
 }

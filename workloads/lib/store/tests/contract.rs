@@ -1,17 +1,24 @@
-//! What every store does, tried on the one in a file and on the one in memory; and what only a store in a file can
-//! get wrong.
+//! What every store does, tried on the one in a file, on the one in memory and on a real `etcd`; and what only a store
+//! in a file, or only one on several servers, can get wrong. Fails where there is no `etcd`.
+
+mod cluster;
+mod server;
 
 use std::{
     collections::BTreeMap,
     io::{BufRead, BufReader},
     path::Path,
     process::{Command, Stdio},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
 use fanlight_store::{
-    Change, Compare, Embedded, Event, Handle, Op, Store, StoreConfig, StoreError, StoreExt, Watch, open,
+    Change, Compare, Embedded, Event, Handle, MAX_KEY_BYTES, MAX_TRANSACTION_OPS, MAX_VALUE_BYTES, Op, Store,
+    StoreConfig, StoreError, StoreExt, Watch, open,
 };
 use serde::{Deserialize, Serialize};
 
@@ -20,30 +27,48 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Set in the child process of the durability test: the file to write to.
 const WRITER: &str = "FANLIGHT_STORE_TEST_WRITER";
 
+/// A store for one test.
 struct Place {
     store: Handle,
+    /// Whether nobody else writes to it, so that its revisions can be told.
+    alone: bool,
     _folder: Option<tempfile::TempDir>,
+    _server: Option<Arc<server::Cluster>>,
 }
 
 async fn in_file() -> Place {
     let folder = tempfile::tempdir().expect("a folder");
     let store = Arc::new(Embedded::file(folder.path().join("store")).await.expect("opened"));
-    Place { store, _folder: Some(folder) }
+    Place { store, alone: true, _folder: Some(folder), _server: None }
 }
 
 async fn in_memory() -> Place {
-    Place { store: open(&StoreConfig::default()).await.expect("opened"), _folder: None }
+    let store = open(&StoreConfig::default()).await.expect("opened");
+    Place { store, alone: true, _folder: None, _server: None }
+}
+
+/// One server for all tests, each with a prefix of its own.
+async fn in_etcd() -> Place {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    let server = server::shared();
+    let prefix = format!("/test/{}/", NEXT.fetch_add(1, Ordering::Relaxed));
+    let store = server.open(&StoreConfig { prefix, ..server.config() }).await;
+    Place { store, alone: false, _folder: None, _server: Some(server) }
 }
 
 macro_rules! contract {
     ($($name:ident),* $(,)?) => {
         mod file {
             $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $name() { super::$name(super::in_file().await.store.clone()).await; })*
+            async fn $name() { super::$name(super::in_file().await).await; })*
         }
         mod memory {
             $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $name() { super::$name(super::in_memory().await.store.clone()).await; })*
+            async fn $name() { super::$name(super::in_memory().await).await; })*
+        }
+        mod etcd {
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $name() { super::$name(super::in_etcd().await).await; })*
         }
     };
 }
@@ -52,12 +77,16 @@ contract!(
     what_was_written_is_read_and_revisions_grow,
     a_transaction_happens_whole_or_not_at_all,
     of_many_at_the_same_time_exactly_one_wins,
+    what_is_out_of_bounds_is_refused_before_it_is_tried,
     ranges_come_in_order_and_in_parts,
+    a_range_of_any_size_shows_one_revision,
     a_watch_shows_the_state_and_then_each_change,
+    a_watch_shows_values_of_any_size,
     a_watcher_that_falls_behind_gets_the_state_again,
     keys_of_an_expired_lease_vanish,
     a_lease_that_is_kept_alive_stays_and_a_revoked_one_goes,
     records_are_changed_without_losing_anybodys_change,
+    a_store_knows_how_many_servers_hold_it,
     a_closed_store_says_so,
 );
 
@@ -93,19 +122,23 @@ fn fold(state: &mut BTreeMap<String, String>, event: Event) {
     }
 }
 
-async fn what_was_written_is_read_and_revisions_grow(store: Handle) {
+async fn what_was_written_is_read_and_revisions_grow(place: Place) {
+    let store = &place.store;
     assert_eq!(store.get("a").await.expect("read"), None);
-    let first = put(&store, "a", "1").await;
-    let second = put(&store, "a", "2").await;
-    let other = put(&store, "b", "1").await;
+    let first = put(store, "a", "1").await;
+    let second = put(store, "a", "2").await;
+    let other = put(store, "b", "1").await;
     assert!(first >= 1 && first < second && second < other);
     let entry = store.get("a").await.expect("read").expect("there");
     assert_eq!((entry.revision, entry.created, entry.value.as_ref()), (second, first, b"2".as_slice()));
     let nothing = store.transact(vec![], vec![Op::delete("none")]).await.expect("fine").revision;
-    assert_eq!(nothing, other, "what writes nothing counts nothing");
+    assert!(nothing >= other);
+    if place.alone {
+        assert_eq!(nothing, other, "what writes nothing counts nothing");
+    }
     store.transact(vec![], vec![Op::delete("a")]).await.expect("deleted");
     assert_eq!(store.get("a").await.expect("read"), None);
-    let again = put(&store, "a", "3").await;
+    let again = put(store, "a", "3").await;
     let entry = store.get("a").await.expect("read").expect("there");
     assert_eq!((entry.created, entry.revision), (again, again), "a key that comes again is a new one");
     let binary: Vec<u8> = (0..=255).collect();
@@ -113,8 +146,9 @@ async fn what_was_written_is_read_and_revisions_grow(store: Handle) {
     assert_eq!(store.get("bytes").await.expect("read").expect("there").value, binary);
 }
 
-async fn a_transaction_happens_whole_or_not_at_all(store: Handle) {
-    let revision = put(&store, "a", "1").await;
+async fn a_transaction_happens_whole_or_not_at_all(place: Place) {
+    let store = &place.store;
+    let revision = put(store, "a", "1").await;
     let ops = vec![Op::put("a", "2"), Op::put("b", "2"), Op::delete("c")];
     for compares in [
         vec![Compare::revision("a", revision + 1)],
@@ -137,7 +171,8 @@ async fn a_transaction_happens_whole_or_not_at_all(store: Handle) {
     assert!(matches!(twice, Err(StoreError::Invalid(_))), "{twice:?}");
 }
 
-async fn of_many_at_the_same_time_exactly_one_wins(store: Handle) {
+async fn of_many_at_the_same_time_exactly_one_wins(place: Place) {
+    let store = &place.store;
     let attempts = (0..50).map(|n| {
         let store = store.clone();
         tokio::spawn(async move {
@@ -148,11 +183,62 @@ async fn of_many_at_the_same_time_exactly_one_wins(store: Handle) {
     assert_eq!(won.into_iter().filter(|won| *won.as_ref().expect("ended")).count(), 1);
 }
 
-async fn ranges_come_in_order_and_in_parts(store: Handle) {
-    for n in (0..25).rev() {
-        put(&store, &format!("list/{n:02}"), "x").await;
+async fn what_is_out_of_bounds_is_refused_before_it_is_tried(place: Place) {
+    let store = &place.store;
+    let revision = put(store, "a", "1").await;
+    for (compares, ops) in [
+        (vec![], vec![Op::put("", "1")]),
+        (vec![], vec![Op::put("k".repeat(MAX_KEY_BYTES + 1), "1")]),
+        (vec![], vec![Op::put("b", vec![0; MAX_VALUE_BYTES + 1])]),
+        (vec![], (0..=MAX_TRANSACTION_OPS).map(|n| Op::put(n.to_string(), "1")).collect()),
+        (
+            (0..=MAX_TRANSACTION_OPS).map(|n| Compare::absent(n.to_string())).collect(),
+            vec![Op::put("b", "1")],
+        ),
+        (vec![], vec![Op::put("b", "1"), Op::delete("b")]),
+        // Also when a comparison would not hold.
+        (vec![Compare::absent("a")], vec![Op::put("", "1")]),
+    ] {
+        let error = store.transact(compares, ops).await.expect_err("out of bounds");
+        assert!(matches!(error, StoreError::Invalid(_)), "{error:?}");
     }
-    put(&store, "lisu", "outside").await;
+    let most = (0..MAX_TRANSACTION_OPS).map(|n| Op::put(format!("most/{n}"), "1")).collect();
+    let absent = (0..MAX_TRANSACTION_OPS).map(|n| Compare::absent(format!("most/{n}"))).collect();
+    store.transact(absent, most).await.expect("as many as are allowed");
+    let longest = Op::put("k".repeat(MAX_KEY_BYTES), vec![7; MAX_VALUE_BYTES]);
+    store.transact(vec![], vec![longest]).await.expect("as long as is allowed");
+    let entry = store.get(&"k".repeat(MAX_KEY_BYTES)).await.expect("read").expect("there");
+    assert_eq!(entry.value.len(), MAX_VALUE_BYTES);
+    for ttl in [Duration::ZERO, Duration::from_millis(999), Duration::from_secs(86_401)] {
+        let error = store.grant(ttl).await.expect_err("out of bounds");
+        assert!(matches!(error, StoreError::Invalid(_)), "{error:?}");
+    }
+    // A key that was never there has no revision, not even 0; and there is no lease 0.
+    let error = store.transact(vec![Compare::revision("none", 0)], vec![Op::put("none", "1")]).await;
+    assert!(error.expect_err("does not hold").is_conflict());
+    for lease in [0, 1_u64 << 62] {
+        let error =
+            store.transact(vec![], vec![Op::put_leased("b", "1", lease)]).await.expect_err("no lease");
+        assert!(matches!(error, StoreError::NoLease(id) if id == lease), "{error:?}");
+        let error = store.keep_alive(lease).await.expect_err("no lease");
+        assert!(matches!(error, StoreError::NoLease(id) if id == lease), "{error:?}");
+    }
+    let compares = vec![Compare::revision("a", revision + 1)];
+    let error = store.transact(compares, vec![Op::put_leased("b", "1", 1 << 62)]).await.expect_err("both");
+    assert!(error.is_conflict(), "comparisons come first: {error:?}");
+    let lease = store.grant(Duration::from_secs(60)).await.expect("granted");
+    let ops = vec![Op::put_leased("b", "1", lease), Op::put_leased("c", "1", 1 << 62)];
+    let error = store.transact(vec![], ops).await.expect_err("one of two");
+    assert!(matches!(error, StoreError::NoLease(id) if id == 1 << 62), "{error:?}");
+    assert_eq!(store.get("b").await.expect("read"), None, "nothing of what was refused is there");
+}
+
+async fn ranges_come_in_order_and_in_parts(place: Place) {
+    let store = &place.store;
+    for n in (0..25).rev() {
+        put(store, &format!("list/{n:02}"), "x").await;
+    }
+    put(store, "lisu", "outside").await;
     let mut keys = Vec::new();
     let mut after: Option<String> = None;
     loop {
@@ -164,17 +250,72 @@ async fn ranges_come_in_order_and_in_parts(store: Handle) {
         }
     }
     assert_eq!(keys, (0..25).map(|n| format!("list/{n:02}")).collect::<Vec<_>>());
+    for (prefix, after, limit, found, more) in [
+        ("list/", None, 25, 25, false),
+        ("list/", None, 24, 24, true),
+        ("list/", None, 0, 0, true),
+        ("list/", Some("list/24"), 5, 0, false),
+        ("list/", Some("lisu"), 5, 0, false),
+        ("list/", Some("a"), 3, 3, true),
+        ("none/", None, 0, 0, false),
+        ("", None, usize::MAX, 26, false),
+    ] {
+        let range = store.range(prefix, after, limit).await.expect("read");
+        let case = (prefix, after, limit);
+        assert_eq!((range.entries.len(), range.more), (found, more), "{case:?}");
+        assert!(range.revision > 0, "{case:?}");
+    }
 }
 
-async fn a_watch_shows_the_state_and_then_each_change(store: Handle) {
-    put(&store, "w/a", "1").await;
-    put(&store, "other", "1").await;
+async fn a_range_of_any_size_shows_one_revision(place: Place) {
+    let store = &place.store;
+    // More than a server tells at once, by number and by size.
+    let key = |n: usize| format!("many/{n:04}");
+    for chunk in 0..20 {
+        let ops = (0..100).map(|n| Op::put(key(chunk * 100 + n), "x")).collect();
+        store.transact(vec![], ops).await.expect("written");
+    }
+    for n in 0..40 {
+        let large = Op::put(format!("large/{n:02}"), vec![b'x'; MAX_VALUE_BYTES]);
+        store.transact(vec![], vec![large]).await.expect("written");
+    }
+    let writing = {
+        let store = store.clone();
+        tokio::spawn(async move {
+            // The first and the last key always change together.
+            for n in 0.. {
+                let ops = vec![Op::put(key(0), n.to_string()), Op::put(key(1999), n.to_string())];
+                if store.transact(vec![], ops).await.is_err() {
+                    return;
+                }
+            }
+        })
+    };
+    for _ in 0..10 {
+        let range = store.range("many/", None, usize::MAX).await.expect("read");
+        assert_eq!((range.entries.len(), range.more), (2000, false));
+        assert_eq!(range.entries[0].value, range.entries[1999].value, "one revision");
+        assert!(range.entries.iter().all(|entry| entry.revision <= range.revision));
+    }
+    writing.abort();
+    let range = store.range("large/", None, usize::MAX).await.expect("read");
+    assert_eq!(range.entries.len(), 40);
+    assert!(range.entries.iter().all(|entry| entry.value.len() == MAX_VALUE_BYTES));
+    for n in 0..40 {
+        store.transact(vec![], vec![Op::delete(format!("large/{n:02}"))]).await.expect("removed");
+    }
+}
+
+async fn a_watch_shows_the_state_and_then_each_change(place: Place) {
+    let store = &place.store;
+    put(store, "w/a", "1").await;
+    put(store, "other", "1").await;
     let mut watch = store.watch("w/").await.expect("watched");
     let Event::Reset { entries, revision } = next(&mut watch).await else { panic!("the state comes first") };
     assert_eq!(entries.iter().map(|entry| entry.key.as_str()).collect::<Vec<_>>(), ["w/a"]);
     let mut last = revision;
-    put(&store, "other", "2").await;
-    put(&store, "w/b", "1").await;
+    put(store, "other", "2").await;
+    put(store, "w/b", "1").await;
     store
         .transact(vec![], vec![Op::put("w/a", "2"), Op::delete("w/b"), Op::put("other", "3")])
         .await
@@ -196,7 +337,23 @@ async fn a_watch_shows_the_state_and_then_each_change(store: Handle) {
     assert!(changes <= 3);
 }
 
-async fn a_watcher_that_falls_behind_gets_the_state_again(store: Handle) {
+async fn a_watch_shows_values_of_any_size(place: Place) {
+    let store = &place.store;
+    let mut watch = store.watch("w/").await.expect("watched");
+    next(&mut watch).await;
+    for n in 0..12_u8 {
+        let op = Op::put(format!("w/{n}"), vec![n; MAX_VALUE_BYTES]);
+        store.transact(vec![], vec![op]).await.expect("written");
+    }
+    for n in 0..12_u8 {
+        let Event::Put(entry) = next(&mut watch).await else { panic!("nobody fell behind") };
+        assert_eq!(entry.key, format!("w/{n}"));
+        assert!(entry.value.len() == MAX_VALUE_BYTES && entry.value.iter().all(|byte| *byte == n));
+    }
+}
+
+async fn a_watcher_that_falls_behind_gets_the_state_again(place: Place) {
+    let store = &place.store;
     let mut watch = store.watch("w/").await.expect("watched");
     next(&mut watch).await;
     let writes = (0..3000).map(|n| {
@@ -204,7 +361,7 @@ async fn a_watcher_that_falls_behind_gets_the_state_again(store: Handle) {
         async move { put(&store, &format!("w/{}", n % 7), &n.to_string()).await }
     });
     futures_util::future::join_all(writes).await;
-    put(&store, "w/last", "x").await;
+    put(store, "w/last", "x").await;
     let mut state = BTreeMap::new();
     while !state.contains_key("w/last") {
         fold(&mut state, next(&mut watch).await);
@@ -216,7 +373,8 @@ async fn a_watcher_that_falls_behind_gets_the_state_again(store: Handle) {
     }
 }
 
-async fn keys_of_an_expired_lease_vanish(store: Handle) {
+async fn keys_of_an_expired_lease_vanish(place: Place) {
+    let store = &place.store;
     let mut watch = store.watch("").await.expect("watched");
     let mut state = BTreeMap::new();
     let lease = store.grant(Duration::from_secs(1)).await.expect("granted");
@@ -231,7 +389,8 @@ async fn keys_of_an_expired_lease_vanish(store: Handle) {
     assert!(matches!(error, StoreError::NoLease(_)), "{error:?}");
 }
 
-async fn a_lease_that_is_kept_alive_stays_and_a_revoked_one_goes(store: Handle) {
+async fn a_lease_that_is_kept_alive_stays_and_a_revoked_one_goes(place: Place) {
+    let store = &place.store;
     let kept = store.grant(Duration::from_secs(2)).await.expect("granted");
     let other = store.grant(Duration::from_secs(600)).await.expect("granted");
     assert_ne!(kept, other);
@@ -253,7 +412,8 @@ struct Counter {
     count: u32,
 }
 
-async fn records_are_changed_without_losing_anybodys_change(store: Handle) {
+async fn records_are_changed_without_losing_anybodys_change(place: Place) {
+    let store = &place.store;
     let raise = |store: Handle| async move {
         store
             .update_json("counter", |counter: Option<Counter>| {
@@ -278,19 +438,25 @@ async fn records_are_changed_without_losing_anybodys_change(store: Handle) {
     let gone = store.update_json("counter", |_: Option<Counter>| Change::Delete).await.expect("fine");
     assert_eq!(gone, None);
     assert!(store.get("counter").await.expect("read").is_none());
-    put(&store, "foreign", "not ours").await;
+    put(store, "foreign", "not ours").await;
     let error = store.get_json::<Counter>("foreign").await.expect_err("not ours").to_string();
     assert!(error.contains("foreign"), "{error}");
 }
 
-async fn a_closed_store_says_so(store: Handle) {
+async fn a_store_knows_how_many_servers_hold_it(place: Place) {
+    assert_eq!(place.store.members().await.expect("counted"), 1);
+}
+
+async fn a_closed_store_says_so(place: Place) {
+    let store = &place.store;
     let mut watch = store.watch("").await.expect("watched");
     next(&mut watch).await;
-    put(&store, "a", "1").await;
+    put(store, "a", "1").await;
     store.close().await;
     assert!(matches!(store.get("a").await, Err(StoreError::Closed)));
     assert!(matches!(store.transact(vec![], vec![Op::put("a", "2")]).await, Err(StoreError::Closed)));
     assert!(store.watch("").await.is_err());
+    assert!(matches!(store.members().await, Err(StoreError::Closed)));
     let end = async { while watch.next().await.is_some() {} };
     tokio::time::timeout(PATIENCE, end).await.expect("watches end");
     store.close().await;

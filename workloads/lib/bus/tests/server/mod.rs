@@ -1,4 +1,4 @@
-//! A real `nats-server` on a free port of loopback, ended with its handle.
+//! Real `nats-server`s on free ports of loopback, ended with their handles.
 
 use std::{
     fs,
@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 
 /// A server that can be killed and started again at the same address.
 pub struct Server {
@@ -82,7 +82,42 @@ pub struct Certificates {
     pub server_key: String,
 }
 
-/// Makes `ca.pem`, `server.pem`, `client.pem`, their keys, and `other-ca.pem`.
+/// Settings for the servers of a cluster in which clients and routes use TLS, and clients log in with `me` and
+/// `hunter2`. The certificates are those that [`certificates`] makes in this folder.
+pub fn cluster(folder: &Path, count: usize) -> Vec<Server> {
+    // All at the same time, so that no port is given out twice.
+    let free: Vec<TcpListener> =
+        (0..count).map(|_| TcpListener::bind(("127.0.0.1", 0)).expect("a free port")).collect();
+    let routes: Vec<String> = free.iter().map(|free| free.local_addr().expect("bound").to_string()).collect();
+    let at = folder.display();
+    let tls = format!(
+        r#"tls {{ cert_file: "{at}/server.pem", key_file: "{at}/server.key", ca_file: "{at}/ca.pem", verify: true }}"#
+    );
+    let urls: Vec<String> = routes.iter().map(|route| format!("\"nats-route://{route}\"")).collect();
+    let mut servers: Vec<Server> = Vec::new();
+    for (n, route) in routes.iter().enumerate() {
+        let settings = folder.join(format!("server-{n}.conf"));
+        let text = format!(
+            r#"
+                server_name: "server-{n}"
+                {tls}
+                authorization {{ user: "me", password: "hunter2" }}
+                cluster {{ name: "test", listen: "{route}", {tls}, routes: [{}] }}
+            "#,
+            urls.join(", "),
+        );
+        fs::write(&settings, text).expect("written");
+        servers.push(Server::prepare(&["--config", settings.to_str().expect("text")]));
+    }
+    drop(free);
+    for server in &mut servers {
+        server.restart();
+    }
+    servers
+}
+
+/// Makes `ca.pem`, `server.pem`, `client.pem`, `guest.pem` and their keys; `other-ca.pem`, and `stranger.pem` with its
+/// key, which comes from there. The subject of each is its name.
 pub fn certificates(folder: &Path) -> Certificates {
     let write = |name: &str, text: String| {
         let path = folder.join(name);
@@ -97,13 +132,16 @@ pub fn certificates(folder: &Path) -> Certificates {
         (Issuer::new(params, key), certificate.pem())
     };
     let (issuer, ca) = authority();
-    let (_, other) = authority();
+    let (other_issuer, other) = authority();
     write("other-ca.pem", other);
     let mut made = Vec::new();
-    for name in ["server", "client"] {
+    for (name, issuer) in
+        [("server", &issuer), ("client", &issuer), ("guest", &issuer), ("stranger", &other_issuer)]
+    {
         let key = KeyPair::generate().expect("a key");
-        let params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).expect("a name");
-        let certificate = params.signed_by(&key, &issuer).expect("signed");
+        let mut params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).expect("a name");
+        params.distinguished_name.push(DnType::CommonName, name);
+        let certificate = params.signed_by(&key, issuer).expect("signed");
         made.push(write(&format!("{name}.pem"), certificate.pem()));
         made.push(write(&format!("{name}.key"), key.serialize_pem()));
     }

@@ -84,6 +84,7 @@ impl Edge {
         }
         let matched = response.extensions_mut().remove::<Matched>();
         self.envelope.finished(&Finished {
+            path: &sent_path,
             method: &method,
             route: matched.as_ref().map(|matched| matched.0.as_str()),
             host: &host,

@@ -1,7 +1,11 @@
 //! The routes of the public and the internal API (gateway-api sections 3 to 7): who may call, what a request must
 //! look like, and how answers are wrapped. The work is in [`crate::sessions`] and [`crate::relay`].
 
-use std::sync::Arc;
+mod admin;
+mod openapi;
+mod shares;
+
+use std::{net::IpAddr, sync::Arc};
 
 use axum::{
     Router,
@@ -17,8 +21,8 @@ use fanlight_api::{
     SessionId,
     envelope::GatewayEnvelope,
     gateway::{
-        AccountRights, AccountsPost, JoinPost, Screen, ServiceStatus, SessionCreated, SessionJoined,
-        SessionStatus, SessionsPost,
+        AccountRights, JoinPost, Region, Screen, ServiceStatus, SessionCreated, SessionError, SessionJoined,
+        SessionStatus, SessionsDelete, SessionsDeleted, SessionsPost,
     },
 };
 use fanlight_service::{
@@ -30,13 +34,16 @@ use http::{
     header::{AUTHORIZATION, HOST, ORIGIN, RETRY_AFTER, VARY, WWW_AUTHENTICATE},
     request::Parts,
 };
+pub use openapi::openapi;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::{
     Gateway,
     accounts::{AccountError, Caller, Proof, SOCKET_TOKEN_SECONDS},
-    relay::{self, MAX_MESSAGE_BYTES},
+    geoip::client_address,
+    rate::Asker,
+    relay::{self, MAX_MESSAGE_BYTES, READ_BUFFER_BYTES},
     session::{OpenRefused, Session, Verdict},
     sessions::{Deleted, no_session, store_error},
     token::{SocketGrant, TokenError},
@@ -71,14 +78,21 @@ pub fn router(gateway: &Gateway, door: Door) -> Router {
         .route("/1.0/sessions", get(list).post(create).delete(delete_batch))
         .route("/1.0/sessions/{id}", get(show).delete(delete_one))
         .route("/1.0/sessions/{id}/join", post(join))
+        .route("/1.0/sessions/{id}/share", post(shares::create))
+        .route("/1.0/sessions/{id}/connect", get(shares::connect))
+        .route("/1.0/shares", get(shares::list))
+        .route("/1.0/shares/{id}", get(shares::get).patch(shares::update).delete(shares::delete))
+        .route("/1.0/config", get(admin::get_config).patch(admin::update_config))
+        .route("/1.0/doctor", get(admin::doctor))
         .route("/1.0/sessions/{id}/sockets/{role}", get(socket))
         // The singular spelling is the one of the original's description.
         .route("/1.0/session/{id}/sockets/{role}", get(socket));
     if door == Door::Internal {
         router = router
-            .route("/1.0/accounts", get(accounts).post(create_account))
-            .route("/1.0/accounts/{name}", delete(delete_account))
-            .route("/1.0/ui/codes", post(login_code));
+            .route("/1.0/accounts", get(admin::accounts).post(admin::create_account))
+            .route("/1.0/accounts/{name}", delete(admin::delete_account))
+            .route("/1.0/ui/codes", post(admin::login_code))
+            .route("/1.0/swagger.json", get(admin::description));
     } else {
         router = router.merge(ui::router(gateway));
     }
@@ -107,12 +121,12 @@ async fn guard(State(gateway): State<Gateway>, request: Request, next: Next) -> 
     }
     let origin = text(request.headers(), ORIGIN).to_owned();
     let allowed = !origin.is_empty()
-        && gateway.config.cors.origins.iter().any(|known| known == "*" || *known == origin);
+        && gateway.settings().cors_origins.iter().any(|known| known == "*" || *known == origin);
     let preflight = request.method() == Method::OPTIONS
         && request.headers().contains_key("access-control-request-method");
     let mut response = if allowed && preflight {
         StatusCode::NO_CONTENT.into_response()
-    } else if door != Door::Internal && !gateway.take_turn() {
+    } else if door != Door::Internal && !gateway.take_turn(asker(&gateway, &request)) {
         ApiError::new(
             StatusCode::TOO_MANY_REQUESTS,
             "too-many-requests",
@@ -129,12 +143,32 @@ async fn guard(State(gateway): State<Gateway>, request: Request, next: Next) -> 
         headers.append(VARY, HeaderValue::from_static("origin"));
         if preflight {
             let mut set = |name, value| headers.insert(name, HeaderValue::from_static(value));
-            set("access-control-allow-methods", "GET, POST, DELETE");
+            set("access-control-allow-methods", "GET, POST, PATCH, DELETE");
             set("access-control-allow-headers", "authorization, content-type, idempotency-key");
             set("access-control-max-age", "600");
         }
     }
     response
+}
+
+/// Who asks, as far as can be told before the request is worked on: for sharing the rate.
+fn asker(gateway: &Gateway, request: &Request) -> Asker {
+    let header = text(request.headers(), AUTHORIZATION);
+    let token = header.split_once("root=").map(|(_, token)| token.trim().to_owned());
+    let credential = token
+        .or_else(|| query_token(request.uri()))
+        .or_else(|| ui::cookie(request.headers()).map(|cookie| cookie.expose().to_owned()));
+    let address = request.extensions().get::<Peer>().and_then(|peer| peer.address);
+    gateway.callers().who(credential.as_deref(), address.map(|address| address.ip()))
+}
+
+/// The API token in a query.
+fn query_token(uri: &http::Uri) -> Option<String> {
+    #[derive(Deserialize)]
+    struct ApiToken {
+        api_token: Option<String>,
+    }
+    axum::extract::Query::<ApiToken>::try_from_uri(uri).ok()?.0.api_token
 }
 
 fn text(headers: &HeaderMap, name: HeaderName) -> &str {
@@ -177,6 +211,23 @@ impl FromRequestParts<Gateway> for Caller {
     }
 }
 
+/// A caller that may do everything.
+pub struct Full(pub Caller);
+
+impl FromRequestParts<Gateway> for Full {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, gateway: &Gateway) -> Result<Self, ApiError> {
+        let caller = Caller::from_request_parts(parts, gateway).await?;
+        if caller.rights != AccountRights::Full {
+            let text =
+                "this account may only launch and join sessions; an account with full rights is needed";
+            return Err(ApiError::forbidden("missing-right", text));
+        }
+        Ok(Self(caller))
+    }
+}
+
 /// Who calls; `None` when the request carries no credential at all.
 async fn identify(parts: &Parts, gateway: &Gateway) -> Result<Option<Caller>, ApiError> {
     if parts.extensions.get::<Door>() == Some(&Door::Internal) {
@@ -191,18 +242,18 @@ async fn identify(parts: &Parts, gateway: &Gateway) -> Result<Option<Caller>, Ap
         let (true, Some(token)) = (scheme.eq_ignore_ascii_case("macaroon"), token) else {
             return Err(unauthorized("the header Authorization is not of the form `macaroon root=TOKEN`"));
         };
-        return Ok(Some(gateway.accounts.authenticate(token, now).await?));
+        let caller = gateway.accounts.authenticate(token, now).await?;
+        gateway.callers().learn(token);
+        return Ok(Some(caller));
     }
-    #[derive(Deserialize)]
-    struct ApiToken {
-        api_token: Option<String>,
-    }
-    let query = axum::extract::Query::<ApiToken>::try_from_uri(&parts.uri).ok();
-    if let Some(token) = query.and_then(|query| query.0.api_token) {
-        return Ok(Some(gateway.accounts.authenticate(&token, now).await?));
+    if let Some(token) = query_token(&parts.uri) {
+        let caller = gateway.accounts.authenticate(&token, now).await?;
+        gateway.callers().learn(&token);
+        return Ok(Some(caller));
     }
     let Some(cookie) = ui::cookie(&parts.headers) else { return Ok(None) };
     let (caller, _) = gateway.accounts.cookie(&cookie, now).await?;
+    gateway.callers().learn(cookie.expose());
     if parts.method != Method::GET && parts.method != Method::HEAD {
         check_origin(parts, gateway)?;
     }
@@ -229,7 +280,7 @@ pub fn check_origin(parts: &Parts, gateway: &Gateway) -> Result<(), ApiError> {
 
 impl Caller {
     /// Whether the caller may see a session.
-    fn may_see(&self, session: &Session) -> bool {
+    pub fn may_see(&self, session: &Session) -> bool {
         self.rights == AccountRights::Full || session.account == self.account
     }
 }
@@ -289,7 +340,10 @@ async fn describe(State(gateway): State<Gateway>, parts: Parts) -> Answer<Value>
     Answer::ok(json!({
         "api_status": "stable",
         "api_version": "1.0",
-        "api_extensions": ["account_rights", "application_details", "idempotency_key", "request_id"],
+        "api_extensions": [
+            "account_rights", "application_details", "client_location", "doctor", "idempotency_key", "region_details",
+            "request_id", "round_trips",
+        ],
         "auth": if trusted { "trusted" } else { "untrusted" },
         "auth_methods": ["macaroon"],
     }))
@@ -317,10 +371,27 @@ async fn applications(State(gateway): State<Gateway>, _: Caller) -> Answer<Value
     Answer::ok(json!(applications))
 }
 
-async fn regions(State(gateway): State<Gateway>, _: Caller) -> Answer<Value> {
+#[derive(Debug, Deserialize)]
+struct Detailed {
+    recursion: Option<String>,
+    recursive: Option<String>,
+}
+
+async fn regions(
+    State(gateway): State<Gateway>,
+    _: Caller,
+    Query(query): Query<Detailed>,
+) -> Result<Answer<Value>, ApiError> {
+    let details =
+        flag("recursion", query.recursion.as_deref())? || flag("recursive", query.recursive.as_deref())?;
     gateway.first_reports().await;
-    let regions = gateway.agents().regions(std::time::Instant::now());
-    Answer::ok(json!(regions))
+    let mut regions = gateway.agents().regions(std::time::Instant::now());
+    if !details {
+        for region in &mut regions {
+            *region = Region { name: std::mem::take(&mut region.name), ..Region::default() };
+        }
+    }
+    Ok(Answer::ok(json!(regions)))
 }
 
 #[derive(Debug, Deserialize)]
@@ -410,6 +481,7 @@ async fn create(
     State(gateway): State<Gateway>,
     caller: Caller,
     axum::Extension(door): axum::Extension<Door>,
+    axum::Extension(peer): axum::Extension<Peer>,
     headers: HeaderMap,
     Json(request): Json<SessionsPost>,
 ) -> Result<Answer<SessionCreated>, ApiError> {
@@ -418,7 +490,13 @@ async fn create(
         let text = "the header Idempotency-Key must have 1 to 255 printable characters";
         return Err(ApiError::bad_request("invalid-idempotency-key", text));
     }
-    let (session, stun_servers) = gateway.create_session(&caller, request, repeat).await?;
+    // Who calls with a token is usually somebody's backend: its own address says nothing about the client.
+    let from = peer.address.filter(|_| caller.by == Proof::Cookie).map(|address| {
+        let forwarded = text(&headers, HeaderName::from_static("x-forwarded-for"));
+        client_address(address.ip(), forwarded, &gateway.config.placement.trusted())
+    });
+    let from = from.filter(|address: &IpAddr| !address.is_loopback());
+    let (session, stun_servers) = gateway.create_session(&caller, request, repeat, from).await?;
     let generation = session.generation;
     Ok(Answer::created(SessionCreated {
         id: session.id.clone(),
@@ -428,6 +506,20 @@ async fn create(
         url: socket_url(&gateway, &caller, door, &headers, &session, generation, None),
         stun_servers,
     }))
+}
+
+/// Scheme (of sockets) and authority under which a caller finds us.
+fn authority(gateway: &Gateway, door: Door, headers: &HeaderMap, page: bool) -> (&'static str, String) {
+    let public = gateway.config.public_authority();
+    let host = text(headers, HOST);
+    match door {
+        Door::Page { .. } => ("ws", host.to_owned()),
+        // The page must stay on its own origin.
+        Door::Public if page && !host.is_empty() => ("wss", host.to_owned()),
+        _ if !public.is_empty() => ("wss", public.to_owned()),
+        Door::Public if !host.is_empty() => ("wss", host.to_owned()),
+        _ => ("wss", gateway.reachable_address().to_string()),
+    }
 }
 
 /// The URL of a signalling socket, with a token for one generation.
@@ -448,16 +540,7 @@ fn socket_url(
         screen,
         page,
     });
-    let public = gateway.config.public_authority();
-    let host = text(headers, HOST);
-    let (scheme, authority) = match door {
-        Door::Page { .. } => ("ws", host.to_owned()),
-        // The page must stay on its own origin.
-        Door::Public if page && !host.is_empty() => ("wss", host.to_owned()),
-        _ if !public.is_empty() => ("wss", public.to_owned()),
-        Door::Public if !host.is_empty() => ("wss", host.to_owned()),
-        _ => ("wss", gateway.reachable_address().to_string()),
-    };
+    let (scheme, authority) = authority(gateway, door, headers, page);
     format!("{scheme}://{authority}/1.0/sessions/{}/sockets/slave?token={token}", session.id)
 }
 
@@ -488,17 +571,12 @@ async fn delete_one(
     Ok(Answer::empty())
 }
 
-#[derive(Debug, Deserialize)]
-struct Batch {
-    ids: Vec<String>,
-}
-
 async fn delete_batch(
     State(gateway): State<Gateway>,
     caller: Caller,
     Query(query): Query<Deleting>,
-    Json(batch): Json<Batch>,
-) -> Result<Answer<Value>, ApiError> {
+    Json(batch): Json<SessionsDelete>,
+) -> Result<Answer<SessionsDeleted>, ApiError> {
     let (force, sync) = (flag("force", query.force.as_deref())?, flag("sync", query.sync.as_deref())?);
     if batch.ids.is_empty() || batch.ids.len() > MAX_BATCH {
         let text = format!("ids has {} entries: 1 to {MAX_BATCH} are allowed", batch.ids.len());
@@ -522,16 +600,16 @@ async fn delete_batch(
         match result {
             Ok(done) => {
                 under_way |= done == Deleted::UnderWay;
-                deleted.push(id);
+                deleted.push(id.clone());
             }
-            Err(error) => errors.push(json!({
-                "session_id": id.chars().take(255).collect::<String>(),
-                "error_message": error.text,
-                "status_code": error.status.as_u16(),
-            })),
+            Err(error) => errors.push(SessionError {
+                session_id: id.chars().take(255).collect(),
+                error_message: error.text,
+                status_code: error.status.as_u16(),
+            }),
         }
     }
-    if deleted.is_empty() && errors.iter().all(|error| error["status_code"] == 404) {
+    if deleted.is_empty() && errors.iter().all(|error| error.status_code == 404) {
         return Err(ApiError::not_found("session-not-found", "none of these sessions exists")
             .with_reasons(json!({ "errors": errors })));
     }
@@ -540,8 +618,7 @@ async fn delete_batch(
         (true, false) => StatusCode::ACCEPTED,
         (true, true) => StatusCode::OK,
     };
-    let metadata = json!({ "deleted_sessions": deleted, "errors": errors });
-    Ok(Answer { status, ..Answer::ok(metadata) })
+    Ok(Answer { status, ..Answer::ok(SessionsDeleted { deleted_sessions: deleted, errors }) })
 }
 
 async fn join(
@@ -595,8 +672,7 @@ async fn socket(
             return Err(ApiError::bad_request("unsupported-role", text));
         }
         "adb" => {
-            let text = "ADB is not supported by the images of this gateway";
-            return Err(ApiError::bad_request("unsupported-role", text));
+            return Err(shares::socket(&gateway, &session_id(&id)?, &query.token.unwrap_or_default()).await);
         }
         _ => return Err(ApiError::not_found("not-found", "sockets have the roles slave, master and adb")),
     }
@@ -652,6 +728,7 @@ async fn socket(
         return Err(no_session(&id));
     }
     let task = gateway.clone();
+    let upgrade = upgrade.read_buffer_size(READ_BUFFER_BYTES);
     Ok(upgrade.max_message_size(MAX_MESSAGE_BYTES).max_frame_size(MAX_MESSAGE_BYTES).on_upgrade(
         move |socket| async move {
             let observer = task.observer.clone();
@@ -663,34 +740,4 @@ async fn socket(
             drop(permit);
         },
     ))
-}
-
-async fn accounts(State(gateway): State<Gateway>, _: Caller) -> Result<Answer<Value>, ApiError> {
-    let accounts = gateway.accounts.list().await?;
-    Ok(Answer { total_size: Some(accounts.len() as u64), ..Answer::ok(json!(accounts)) })
-}
-
-async fn create_account(
-    State(gateway): State<Gateway>,
-    _: Caller,
-    Json(request): Json<AccountsPost>,
-) -> Result<Answer<Value>, ApiError> {
-    let created = gateway.accounts.create(&request, gateway.now()).await?;
-    tracing::info!(account = created.name, "account {} was created", created.name);
-    Ok(Answer::created(json!(created)))
-}
-
-async fn delete_account(
-    State(gateway): State<Gateway>,
-    _: Caller,
-    Path(name): Path<String>,
-) -> Result<Answer<Value>, ApiError> {
-    gateway.accounts.delete(&name).await?;
-    tracing::info!(account = name, "account {name} was deleted");
-    Ok(Answer::empty())
-}
-
-async fn login_code(State(gateway): State<Gateway>, _: Caller) -> Result<Answer<Value>, ApiError> {
-    let code = gateway.accounts.login_code(gateway.now()).await?;
-    Ok(Answer::created(json!(code)))
 }

@@ -1,0 +1,644 @@
+//! A simulated AMS: what `workloads/ams/src/instances.rs` does with what the cores decide, over a store of its own
+//! that survives it.
+
+use std::{cmp::Ordering, collections::BTreeMap};
+
+use fanlight_ams::cores::{
+    life::{self, Action, Seen},
+    model::{InstanceRecord, LaunchRecord, Session, Target},
+    placement::{self, Allocations, Offer, Strategy, Wish},
+};
+use fanlight_api::{
+    InstanceId, SessionId,
+    ams::{Instance, Node},
+    bus::ReportedApplication,
+    guest::Streaming,
+};
+
+use crate::{
+    check::{self, Cause},
+    note,
+    planted::Planted,
+    rng::Rng,
+    world::{Message, Pid, Timer, World},
+};
+
+const START_S: i64 = 60;
+const STOP_S: i64 = 10;
+const END_SESSION_S: i64 = 600;
+const TICK_MS: u64 = 30_000;
+const ROUND_MS: u64 = 60_000;
+/// How long a connection to the agent may be silent before a request over it has failed.
+const HTTP_MS: u64 = 5000;
+const LAST_PAUSE_MS: u64 = 5000;
+
+/// What AMS tells when it is read.
+#[derive(Debug)]
+pub struct Listing {
+    /// All instances.
+    pub instances: Vec<Instance>,
+    /// The node.
+    pub nodes: Vec<Node>,
+    /// What can be launched.
+    pub applications: Vec<ReportedApplication>,
+}
+
+/// A launch of the agent.
+#[derive(Clone, Debug)]
+pub struct Launched {
+    /// Whose.
+    pub session: SessionId,
+    /// Which attempt.
+    pub attempt: u32,
+    /// For the streamer.
+    pub joinable: bool,
+    /// For the streamer.
+    pub idle_time_min: u32,
+}
+
+/// An AMS: its store and what it has in memory.
+pub struct Ams {
+    /// The node.
+    pub offer: Offer,
+    /// Records with their revisions.
+    pub records: BTreeMap<InstanceId, (InstanceRecord, u64)>,
+    launches: BTreeMap<String, LaunchRecord>,
+    /// What was promised.
+    pub allocations: Allocations,
+    revision: u64,
+    tasks: BTreeMap<InstanceId, Task>,
+    calls: BTreeMap<u64, InstanceId>,
+    /// In memory: since when it runs.
+    since_s: i64,
+}
+
+/// What follows one instance.
+#[derive(Default)]
+struct Task {
+    last: Option<(Action, Seen, u64)>,
+    pause: u64,
+    /// Which planned look counts.
+    token: u64,
+    /// A question to the agent is open.
+    busy: bool,
+}
+
+/// Timers of an AMS.
+#[derive(Clone, Debug)]
+pub enum AmsTimer {
+    /// Look at an instance.
+    Look(InstanceId, u64),
+    /// A question was not answered.
+    Late(u64),
+    /// Housekeeping.
+    Round,
+    /// Adopt what is there.
+    Adopt,
+}
+
+enum Step {
+    Gone,
+    Again,
+    Wait(Option<i64>),
+    Retry,
+    /// Goes on when the agent has answered.
+    Asked,
+}
+
+impl Ams {
+    /// One with an empty store.
+    pub fn new(rng: &mut Rng) -> Self {
+        Self {
+            offer: Offer {
+                node: "n0".parse().expect("a valid id"),
+                online: true,
+                unschedulable: false,
+                architecture: "x86_64".into(),
+                tags: Vec::new(),
+                cpus: rng.between(3, 12) as f64,
+                memory_bytes: 64 << 30,
+                gpu_slots: 0,
+                disk_free_percent: None,
+            },
+            records: BTreeMap::new(),
+            launches: BTreeMap::new(),
+            allocations: Allocations::default(),
+            revision: 0,
+            tasks: BTreeMap::new(),
+            calls: BTreeMap::new(),
+            since_s: 0,
+        }
+    }
+
+    /// It dies: only the store stays.
+    pub fn forget(&mut self) {
+        self.tasks.clear();
+        self.calls.clear();
+    }
+}
+
+impl World {
+    /// An AMS begins.
+    pub fn ams_start(&mut self, cluster: usize) {
+        let pid = Pid::Ams(cluster);
+        self.ams[cluster].forget();
+        self.ams[cluster].since_s = self.wall(pid);
+        let delay = self.rng.between(5, 200);
+        self.timer_in(pid, delay, Timer::Ams(AmsTimer::Adopt));
+        self.timer_in(pid, ROUND_MS, Timer::Ams(AmsTimer::Round));
+    }
+
+    fn adopt(&mut self, cluster: usize) {
+        if self.has(Planted::DeletedWithoutOwner) {
+            self.sweep(cluster, true);
+        }
+        let ids: Vec<InstanceId> = self.ams[cluster].records.keys().cloned().collect();
+        for id in ids {
+            self.nudge(cluster, &id, true);
+        }
+        self.sweep(cluster, false);
+    }
+
+    fn sweep(&mut self, cluster: usize, planted: bool) {
+        let there: Vec<InstanceId> = self.engines[cluster].instances.keys().cloned().collect();
+        for id in there {
+            let known = match planted {
+                true => self.ams[cluster].tasks.contains_key(&id),
+                false => self.ams[cluster].records.contains_key(&id),
+            };
+            if known {
+                self.nudge(cluster, &id, true);
+            } else {
+                self.engine_delete(cluster, &id);
+            }
+        }
+    }
+
+    /// Something reached an AMS.
+    pub fn ams_message(&mut self, cluster: usize, from: Pid, message: Message) {
+        let pid = Pid::Ams(cluster);
+        match message {
+            Message::List(call) => {
+                let listing = self.listing(cluster);
+                self.http(pid, from, Message::Listed(call, listing.into()));
+            }
+            Message::Launch(call, launched) => {
+                if let Some(answer) = self.ams_launch(cluster, &launched) {
+                    self.http(pid, from, Message::LaunchAnswer(call, answer));
+                }
+            }
+            Message::Delete(call, id, force) => {
+                if self.ams_delete(cluster, &id, force) {
+                    self.http(pid, from, Message::Deleted(call));
+                }
+            }
+            Message::SessionMade(call, made) => {
+                let Some(id) = self.ams[cluster].calls.remove(&call) else { return };
+                self.session_made(cluster, &id, Some(made));
+            }
+            Message::SessionDeleted(call, ended) => {
+                let Some(id) = self.ams[cluster].calls.remove(&call) else { return };
+                self.session_ended(cluster, &id, Some(ended));
+            }
+            _ => {}
+        }
+    }
+
+    /// Time passed for an AMS.
+    pub fn ams_timer(&mut self, cluster: usize, timer: AmsTimer) {
+        match timer {
+            AmsTimer::Adopt => self.adopt(cluster),
+            AmsTimer::Round => {
+                self.sweep(cluster, false);
+                self.timer_in(Pid::Ams(cluster), ROUND_MS, Timer::Ams(AmsTimer::Round));
+            }
+            AmsTimer::Look(id, token) => {
+                let task = self.ams[cluster].tasks.get(&id);
+                if task.is_some_and(|task| task.token == token && !task.busy) {
+                    self.look(cluster, &id);
+                }
+            }
+            AmsTimer::Late(call) => {
+                let Some(id) = self.ams[cluster].calls.remove(&call) else { return };
+                let deleting = self.ams[cluster]
+                    .records
+                    .get(&id)
+                    .is_some_and(|(record, _)| record.session.to_end().is_some());
+                match deleting {
+                    true => self.session_ended(cluster, &id, None),
+                    false => self.session_made(cluster, &id, None),
+                }
+            }
+        }
+    }
+
+    fn listing(&self, cluster: usize) -> Listing {
+        let ams = &self.ams[cluster];
+        let used = ams.allocations.used();
+        Listing {
+            instances: ams.records.values().map(|(record, _)| record.to_api("", Vec::new())).collect(),
+            nodes: vec![Node {
+                status_code: 4,
+                cpus: ams.offer.cpus as u32,
+                cpu_allocation_rate: 1.0,
+                used_cpus: used.cpus,
+                memory: "64GiB".into(),
+                memory_allocation_rate: 1.0,
+                used_memory_bytes: used.memory_bytes,
+                ..Node::default()
+            }],
+            applications: vec![check::application()],
+        }
+    }
+
+    // --- requests --------------------------------------------------------------------------------------------
+
+    /// A launch of the agent; nothing when AMS died over it.
+    fn ams_launch(
+        &mut self,
+        cluster: usize,
+        launched: &Launched,
+    ) -> Option<Result<(InstanceId, Result<(), String>), String>> {
+        let scope = launched.session.to_string();
+        let attempt = u64::from(launched.attempt);
+        let known = self.ams[cluster].launches.get(&scope).cloned();
+        if let Some(known) = &known
+            && !self.has(Planted::AttemptNotFenced)
+        {
+            match known.judge(attempt) {
+                Ordering::Less => return Some(Err("the attempt is too old".into())),
+                Ordering::Equal => {
+                    // The operation of the first request is answered.
+                    let there = self.ams[cluster].records.get(&known.instance);
+                    let result = match there {
+                        Some((record, _)) if record.node.is_none() => Err(record.observed.error.clone()),
+                        Some(_) => Ok(()),
+                        None => Err("instance not found".into()),
+                    };
+                    return Some(Ok((known.instance.clone(), result)));
+                }
+                Ordering::Greater => {}
+            }
+        }
+        let streaming = Streaming {
+            joinable: launched.joinable,
+            idle_time_min: launched.idle_time_min,
+            ..check::streaming(&launched.session)
+        };
+        let mut record = self.new_record(cluster, Session::Given { streaming });
+        record.tags.push(fanlight_agent::cores::LAUNCHED_TAG.into());
+        let id = record.id.clone();
+        let result = self.place(cluster, &mut record);
+        if let Some(known) = &known
+            && let Some((mut old, _)) = self.ams[cluster].records.get(&known.instance).cloned()
+            && old.intent.target != Target::Deleted
+            && !self.has(Planted::AttemptNotFenced)
+        {
+            old.intent = old.intent.delete(true, self.wall(Pid::Ams(cluster)));
+            self.ledger.cause(&old.id, Cause::Superseded);
+            self.write(cluster, old);
+        }
+        let launch = LaunchRecord {
+            attempt,
+            instance: id.clone(),
+            operation: "op".parse().expect("a valid id"),
+            at: record.created_at,
+        };
+        self.ams[cluster].launches.insert(scope, launch);
+        self.ledger.launched(&launched.session, &id, result.is_err());
+        self.write(cluster, record);
+        if !self.survives_write(Pid::Ams(cluster)) {
+            return None;
+        }
+        if let Some(known) = known {
+            self.nudge(cluster, &known.instance, false);
+        }
+        self.nudge(cluster, &id, true);
+        Some(Ok((id, result)))
+    }
+
+    /// Somebody asks AMS itself for a streamed instance.
+    pub fn ams_create(&mut self, cluster: usize) -> Option<InstanceId> {
+        if !self.process(Pid::Ams(cluster)).up {
+            return None;
+        }
+        let mut record = self.new_record(cluster, Session::Wanted);
+        let id = record.id.clone();
+        let refused = self.place(cluster, &mut record).is_err();
+        note!(self, "AMS {cluster} makes {id} for a session to come, refused {refused}");
+        self.write(cluster, record);
+        if self.survives_write(Pid::Ams(cluster)) {
+            self.nudge(cluster, &id, true);
+        }
+        Some(id)
+    }
+
+    /// Somebody stops an instance of AMS's, or starts it again.
+    pub fn ams_switch(&mut self, cluster: usize, id: &InstanceId, on: bool) {
+        let Some((mut record, _)) = self.ams[cluster].records.get(id).cloned() else { return };
+        if !self.process(Pid::Ams(cluster)).up || record.intent.target == Target::Deleted {
+            return;
+        }
+        let now = self.wall(Pid::Ams(cluster));
+        note!(self, "AMS {cluster} switches {id} {}", if on { "on" } else { "off" });
+        if on {
+            if record.is_going() || record.session == Session::Over {
+                return;
+            }
+            if !record.holds_resources() && self.place(cluster, &mut record).is_err() {
+                return;
+            }
+            record.start_again(now);
+        } else {
+            record.intent = record.intent.stop(now);
+        }
+        self.ledger.cause(id, Cause::Operator);
+        self.write(cluster, record);
+        if self.survives_write(Pid::Ams(cluster)) {
+            self.nudge(cluster, id, true);
+        }
+    }
+
+    /// Writes down that an instance should go. False when AMS died over it.
+    pub fn ams_delete(&mut self, cluster: usize, id: &InstanceId, force: bool) -> bool {
+        let Some((mut record, _)) = self.ams[cluster].records.get(id).cloned() else { return true };
+        record.intent = record.intent.delete(force, self.wall(Pid::Ams(cluster)));
+        if self.has(Planted::ShareGivenBackEarly) {
+            self.ams[cluster].allocations.instances.remove(id);
+        }
+        self.write(cluster, record);
+        if !self.survives_write(Pid::Ams(cluster)) {
+            return false;
+        }
+        self.nudge(cluster, id, true);
+        true
+    }
+
+    fn new_record(&mut self, cluster: usize, session: Session) -> InstanceRecord {
+        let number = self.fresh();
+        let now = self.wall(Pid::Ams(cluster));
+        check::blank_record(format!("i{number}").parse().expect("a valid id"), now, session)
+    }
+
+    /// Finds room, and reserves it in the transaction of the record.
+    fn place(&mut self, cluster: usize, record: &mut InstanceRecord) -> Result<(), String> {
+        let now = self.wall(Pid::Ams(cluster));
+        let forgets = self.has(Planted::PlacedTwice);
+        let ams = &mut self.ams[cluster];
+        let wish = Wish { share: record.share(), ..Wish::default() };
+        ams.allocations.instances.remove(&record.id);
+        match placement::place(&wish, Strategy::Spread, [(&ams.offer, &ams.allocations)]).cloned() {
+            Ok(node) => {
+                record.node = Some(node);
+                if !forgets {
+                    ams.allocations.instances.insert(record.id.clone(), wish.share);
+                }
+                Ok(())
+            }
+            Err(refusal) => {
+                record.observed = life::failed(record, refusal.to_string(), now);
+                Err(refusal.to_string())
+            }
+        }
+    }
+
+    /// A transaction: the record and, with it, what its node has promised.
+    fn write(&mut self, cluster: usize, record: InstanceRecord) -> u64 {
+        let ams = &mut self.ams[cluster];
+        ams.revision += 1;
+        let revision = ams.revision;
+        let id = record.id.clone();
+        let before = ams.records.get(&id).map(|(record, _)| record.clone());
+        if before.as_ref().is_some_and(InstanceRecord::holds_resources) && !record.holds_resources() {
+            ams.allocations.instances.remove(&id);
+        }
+        note!(
+            self,
+            "AMS {cluster} writes {id}: {:?} run {} seen {:?} run {}",
+            record.intent.target,
+            record.intent.run,
+            record.observed.status,
+            record.observed.run
+        );
+        let changed = before.is_none_or(|before| before.observed.status != record.observed.status);
+        self.ams[cluster].records.insert(id, (record, revision));
+        self.judge_ams(cluster);
+        if changed {
+            self.http(Pid::Ams(cluster), Pid::Agent(cluster), Message::AmsEvent);
+        }
+        revision
+    }
+
+    // --- the task of an instance -------------------------------------------------------------------------
+
+    /// Something about an instance changed. `make`: it gets a task if it has none.
+    pub fn nudge(&mut self, cluster: usize, id: &InstanceId, make: bool) {
+        if !self.process(Pid::Ams(cluster)).up {
+            return;
+        }
+        let tasks = &mut self.ams[cluster].tasks;
+        if make {
+            tasks.entry(id.clone()).or_insert_with(|| Task { pause: 50, ..Task::default() });
+        }
+        if tasks.get(id).is_some_and(|task| !task.busy) {
+            self.look_in(cluster, id, 1);
+        }
+    }
+
+    fn look_in(&mut self, cluster: usize, id: &InstanceId, delay: u64) {
+        let token = self.fresh();
+        if let Some(task) = self.ams[cluster].tasks.get_mut(id) {
+            task.token = token;
+            self.timer_in(Pid::Ams(cluster), delay, Timer::Ams(AmsTimer::Look(id.clone(), token)));
+        }
+    }
+
+    fn look(&mut self, cluster: usize, id: &InstanceId) {
+        let step = self.step(cluster, id);
+        if let Some(step) = step {
+            self.stepped(cluster, id, step);
+        }
+    }
+
+    fn stepped(&mut self, cluster: usize, id: &InstanceId, step: Step) {
+        let now = self.wall(Pid::Ams(cluster));
+        let Some(task) = self.ams[cluster].tasks.get_mut(id) else { return };
+        let delay = match step {
+            Step::Gone => {
+                self.ams[cluster].tasks.remove(id);
+                return;
+            }
+            Step::Asked => {
+                task.busy = true;
+                return;
+            }
+            Step::Again => {
+                task.pause = 50;
+                1
+            }
+            Step::Wait(wake_at) => {
+                let until = wake_at.map(|at| u64::try_from(at - now).unwrap_or(0).saturating_mul(1000));
+                until.unwrap_or(TICK_MS).clamp(200, TICK_MS)
+            }
+            Step::Retry => {
+                task.pause = (task.pause * 2).min(LAST_PAUSE_MS);
+                task.pause
+            }
+        };
+        self.look_in(cluster, id, delay);
+    }
+
+    /// Looks once, writes once, acts once. None: AMS died.
+    fn step(&mut self, cluster: usize, id: &InstanceId) -> Option<Step> {
+        let pid = Pid::Ams(cluster);
+        let Some((mut record, mut revision)) = self.ams[cluster].records.get(id).cloned() else {
+            return Some(Step::Gone);
+        };
+        let seen = self.engines[cluster].seen(id);
+        let now = self.wall(pid);
+        let decision = life::decide(&record, &seen, now, self.limits(cluster));
+        let early = self.has(Planted::StartedBeforeWritten);
+        if early && let Some(Action::Start { run }) = decision.action {
+            self.engine_start(cluster, id, run, record.session.streaming());
+            if !self.survives_write(pid) {
+                return None;
+            }
+        }
+        if decision.observed != record.observed {
+            if record.observed.status != decision.observed.status {
+                self.judge_observed(cluster, &record, &decision.observed, &seen);
+            }
+            record.observed = decision.observed;
+            revision = self.write(cluster, record.clone());
+            if !self.survives_write(pid) {
+                return None;
+            }
+        }
+        let Some(action) = decision.action else {
+            if let Some(task) = self.ams[cluster].tasks.get_mut(id) {
+                task.last = None;
+            }
+            return Some(Step::Wait(decision.wake_at));
+        };
+        let this = (action.clone(), seen, revision);
+        let task = self.ams[cluster].tasks.get_mut(id)?;
+        let repeated = task.last.as_ref() == Some(&this);
+        if repeated && action == Action::Stop {
+            return Some(Step::Wait(decision.wake_at));
+        }
+        task.last = Some(this);
+        let step = self.act(cluster, &record, action)?;
+        Some(if repeated && matches!(step, Step::Again) { Step::Retry } else { step })
+    }
+
+    fn limits(&self, _cluster: usize) -> life::Limits {
+        life::Limits { start_s: START_S, stop_s: STOP_S }
+    }
+
+    fn act(&mut self, cluster: usize, record: &InstanceRecord, action: Action) -> Option<Step> {
+        let pid = Pid::Ams(cluster);
+        let id = &record.id;
+        note!(self, "AMS {cluster} on {id}: {action:?}");
+        let failed = match action {
+            Action::AskSession => {
+                let call = self.fresh();
+                self.ams[cluster].calls.insert(call, id.clone());
+                self.http(pid, Pid::Agent(cluster), Message::SessionPost(call, id.clone()));
+                self.timer_in(pid, HTTP_MS, Timer::Ams(AmsTimer::Late(call)));
+                return Some(Step::Asked);
+            }
+            Action::EndSession => {
+                let Some(session) = record.session.to_end().cloned() else { return Some(Step::Again) };
+                let call = self.fresh();
+                self.ams[cluster].calls.insert(call, id.clone());
+                self.http(pid, Pid::Agent(cluster), Message::SessionDelete(call, session));
+                self.timer_in(pid, HTTP_MS, Timer::Ams(AmsTimer::Late(call)));
+                return Some(Step::Asked);
+            }
+            Action::Forget => {
+                self.ams[cluster].records.remove(id);
+                self.ams[cluster].allocations.instances.remove(id);
+                self.judge_ams(cluster);
+                self.http(pid, Pid::Agent(cluster), Message::AmsEvent);
+                return self.survives_write(pid).then_some(Step::Gone);
+            }
+            Action::Create => !self.engine_create(cluster, id),
+            Action::Start { run } => {
+                !(self.engine_create(cluster, id)
+                    && self.engine_start(cluster, id, run, record.session.streaming()))
+            }
+            Action::Stop => {
+                self.engine_stop(cluster, id, STOP_S as u64 * 1000);
+                false
+            }
+            Action::Kill => {
+                self.engine_stop(cluster, id, 0);
+                false
+            }
+            Action::Destroy => {
+                self.engine_delete(cluster, id);
+                false
+            }
+        };
+        if failed {
+            self.fail(cluster, record, "the engine failed".into());
+        }
+        Some(Step::Again)
+    }
+
+    fn fail(&mut self, cluster: usize, record: &InstanceRecord, text: String) {
+        let observed = life::failed(record, text, self.wall(Pid::Ams(cluster)));
+        if let Some(session) = record.session.streaming() {
+            let session = session.session_id.clone();
+            self.ledger.run_over(&session);
+        }
+        self.write(cluster, InstanceRecord { observed, ..record.clone() });
+    }
+
+    fn session_made(&mut self, cluster: usize, id: &InstanceId, made: Option<Result<SessionId, bool>>) {
+        let now = self.wall(Pid::Ams(cluster));
+        if let Some(task) = self.ams[cluster].tasks.get_mut(id) {
+            task.busy = false;
+        }
+        let Some((record, _)) = self.ams[cluster].records.get(id).cloned() else {
+            return self.stepped(cluster, id, Step::Again);
+        };
+        let step = match made {
+            Some(Ok(session)) => {
+                self.ledger.launched(&session, id, false);
+                let next = record.with_session(check::streaming(&session));
+                self.write(cluster, next);
+                Step::Again
+            }
+            Some(Err(true)) | None if now < record.intent.since.saturating_add(START_S) => Step::Retry,
+            _ => {
+                self.fail(cluster, &record, "no session for the instance".into());
+                Step::Again
+            }
+        };
+        if self.survives_write(Pid::Ams(cluster)) {
+            self.stepped(cluster, id, step);
+        }
+    }
+
+    fn session_ended(&mut self, cluster: usize, id: &InstanceId, ended: Option<Result<(), bool>>) {
+        let now = self.wall(Pid::Ams(cluster));
+        if let Some(task) = self.ams[cluster].tasks.get_mut(id) {
+            task.busy = false;
+        }
+        let Some((mut record, _)) = self.ams[cluster].records.get(id).cloned() else {
+            return self.stepped(cluster, id, Step::Again);
+        };
+        let transient = matches!(ended, None | Some(Err(true)));
+        let step = if transient && now < record.intent.since.saturating_add(END_SESSION_S) {
+            Step::Retry
+        } else {
+            record.session = Session::Over;
+            self.write(cluster, record);
+            Step::Again
+        };
+        if self.survives_write(Pid::Ams(cluster)) {
+            self.stepped(cluster, id, step);
+        }
+    }
+}
