@@ -16,6 +16,8 @@ mod geoip;
 mod index;
 mod observer;
 mod owner;
+#[cfg(test)]
+mod properties;
 mod rate;
 mod relay;
 mod session;

@@ -104,6 +104,10 @@ impl Relay {
         let patience = self.gateway.config.limits.instance_time;
         let give_up = Instant::now() + patience;
         let mut ping = tokio::time::interval_at(Instant::now() + PING, PING);
+        let shutdown = self.gateway.shutdown.clone();
+        // Made once: each of these enters a list that all sockets share.
+        let mut stopping = std::pin::pin!(shutdown.stopping());
+        let mut unheard = std::pin::pin!(tokio::time::sleep_until(give_up));
         loop {
             if let Some(end) = self.session_ended() {
                 return end;
@@ -151,13 +155,13 @@ impl Relay {
                         return End::Client("it does not take frames");
                     }
                 }
-                () = until((!self.heard).then_some(give_up)) => {
+                () = &mut unheard, if !self.heard => {
                     return End::Error(
                         ErrorCode::InstanceNotReachable,
                         format!("the instance did not answer within {} s", patience.as_secs()),
                     );
                 }
-                () = self.gateway.shutdown.stopping() => {
+                () = &mut stopping => {
                     return End::Error(ErrorCode::Internal, "the gateway is going down; join again".into());
                 }
             }

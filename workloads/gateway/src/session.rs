@@ -10,6 +10,11 @@
 //! and loses messages. What must happen outside is not queued here but read off the record ([`Session::wants`])
 //! and repeated until a report shows that it happened.
 
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
+
 use fanlight_api::{
     AgentId, InstanceId, SessionId,
     agent_link::ClientState,
@@ -19,8 +24,10 @@ use fanlight_api::{
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// How long an instance may take to run, seconds.
-pub const CREATION_SECONDS: i64 = 300;
+use crate::agents::Candidate;
+
+/// How long an instance may take to run.
+pub const CREATION: Duration = Duration::from_secs(300);
 
 /// Who asked for a session first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,7 +65,7 @@ pub struct Session {
     /// Its instance, once known.
     #[serde(default)]
     pub instance_id: Option<InstanceId>,
-    /// Whether an agent ever reported an instance for it.
+    /// Whether an agent ever reported an instance for it; a launch that AMS has not answered is none.
     #[serde(default)]
     pub seen: bool,
     /// Display at launch.
@@ -95,6 +102,9 @@ pub struct Session {
     /// The wish to end it.
     #[serde(default)]
     pub ending: Option<Ending>,
+    /// A repeated create was answered with it: the create that made it must not take it back.
+    #[serde(default)]
+    pub promised: bool,
 }
 
 /// What is known of the clients.
@@ -135,10 +145,10 @@ pub enum Input<'a> {
     End(Ending),
     /// There is nothing left to end: the agent or AMS said so.
     Gone,
-    /// Time passed. The observer was able to see reports since this Unix second.
+    /// Time passed.
     Tick {
-        /// Time without observation does not count against a session.
-        observing_since: i64,
+        /// For how long the observer has seen it wait, by a clock that does not jump ([`Waiting`]).
+        waited: Duration,
     },
 }
 
@@ -220,14 +230,14 @@ impl Session {
     }
 
     /// What an input makes of the record.
-    pub fn handle(&self, now: i64, input: &Input<'_>) -> Verdict {
+    pub fn handle(&self, input: &Input<'_>) -> Verdict {
         let mut next = self.clone();
         let keep = match input {
             Input::Report { agent_id, report } => next.report(agent_id, report),
             Input::Missing => next.missing(),
             Input::End(ending) => next.end(ending),
             Input::Gone => next.gone("the instance is gone"),
-            Input::Tick { observing_since } => next.tick(now, *observing_since),
+            Input::Tick { waited } => next.tick(*waited),
         };
         match keep {
             false => Verdict::Remove,
@@ -236,13 +246,52 @@ impl Session {
         }
     }
 
+    /// What an input from the agent of a cluster makes of the record: nothing when the session went elsewhere
+    /// meanwhile, which whoever took the input may not know yet.
+    pub fn handle_from(&self, cluster_id: &str, input: &Input<'_>) -> Verdict {
+        if self.cluster_id == cluster_id { self.handle(input) } else { Verdict::Keep }
+    }
+
+    /// Answers a create that is repeated while the first one may still look for an agent.
+    pub fn promise(&self) -> Verdict {
+        if self.promised || self.status != SessionStatus::Created {
+            return Verdict::Keep;
+        }
+        Verdict::Put(Box::new(Self { promised: true, ..self.clone() }))
+    }
+
+    /// No agent took it: it never was, unless somebody was promised it, or it has come to be all the same.
+    pub fn give_up(&self) -> Verdict {
+        let undecided = self.status == SessionStatus::Created && !self.promised;
+        if undecided { Verdict::Remove } else { Verdict::Keep }
+    }
+
+    /// Goes to another agent, because the one before did not take it; not when it runs all the same, and not when it
+    /// is to end, for then it ends where it is.
+    pub fn move_to(&self, candidate: &Candidate) -> Verdict {
+        if self.status != SessionStatus::Created {
+            return Verdict::Keep;
+        }
+        Verdict::Put(Box::new(Self {
+            region: candidate.region.clone(),
+            cluster_id: candidate.cluster_id.clone(),
+            agent_id: candidate.agent_id.clone(),
+            // What the one before may have reported is not there.
+            instance_id: None,
+            seen: false,
+            message: String::new(),
+            ..self.clone()
+        }))
+    }
+
     /// Returns whether the record stays; so do the next ones.
     fn report(&mut self, agent_id: &AgentId, report: &SessionReport) -> bool {
         self.agent_id = agent_id.clone();
         if let Some(instance_id) = &report.instance_id {
             self.instance_id = Some(instance_id.clone());
         }
-        if report.state != InstanceState::Gone {
+        // A launch on its way is lost with its agent, and must then be asked for again.
+        if report.state != InstanceState::Gone && report.instance_id.is_some() {
             self.seen = true;
         }
         let message = report.message.clone().unwrap_or_default();
@@ -290,8 +339,14 @@ impl Session {
     }
 
     fn missing(&mut self) -> bool {
-        // Before the first report there may be no instance yet.
-        if self.seen || self.ending.is_some() { self.gone("the instance has vanished") } else { true }
+        // Before the first report there may be no instance yet. One that AMS still did not start after the time-out
+        // was given up by AMS, too.
+        let given_up = self.origin == Origin::Ams && self.status == SessionStatus::Error;
+        if self.seen || self.ending.is_some() || given_up {
+            self.gone("the instance has vanished")
+        } else {
+            true
+        }
     }
 
     fn end(&mut self, ending: &Ending) -> bool {
@@ -318,7 +373,9 @@ impl Session {
         match self.status {
             // The agent may have forgotten a launch that was never reported: it is asked again.
             SessionStatus::Created if !self.seen && self.origin == Origin::Gateway => true,
-            // Kept for diagnosis until somebody removes it.
+            // Kept for diagnosis until somebody removes it. Those of AMS's instances go with them: whoever removed
+            // the instance has seen it.
+            SessionStatus::Error | SessionStatus::Terminated if self.origin == Origin::Ams => false,
             SessionStatus::Error => true,
             SessionStatus::Terminated => self.origin == Origin::Gateway,
             SessionStatus::Created | SessionStatus::Active | SessionStatus::Terminating => {
@@ -329,12 +386,11 @@ impl Session {
         }
     }
 
-    fn tick(&mut self, now: i64, observing_since: i64) -> bool {
-        let waiting_since = self.created_at.max(observing_since);
-        if self.status == SessionStatus::Created && now - waiting_since >= CREATION_SECONDS {
+    fn tick(&mut self, waited: Duration) -> bool {
+        if self.status == SessionStatus::Created && waited >= CREATION {
             let last =
                 or(&self.message, if self.seen { "it was starting" } else { "its agent never reported it" });
-            self.message = format!("the instance did not run within {CREATION_SECONDS} s: {last}");
+            self.message = format!("the instance did not run within {} s: {last}", CREATION.as_secs());
             self.status = SessionStatus::Error;
         }
         true
@@ -377,6 +433,31 @@ impl Session {
     }
 }
 
+/// Since when sessions wait, as far as one observer has seen it. Wall clocks do not count, because they jump and
+/// differ among units; nor does time in which the observer saw nothing.
+#[derive(Debug, Default)]
+pub struct Waiting {
+    since: HashMap<SessionId, Instant>,
+}
+
+impl Waiting {
+    /// Sees that these sessions wait, and no others.
+    pub fn see<'a>(&mut self, now: Instant, ids: impl IntoIterator<Item = &'a SessionId>) {
+        let seen = ids.into_iter().map(|id| (id.clone(), self.since.get(id).copied().unwrap_or(now)));
+        self.since = seen.collect();
+    }
+
+    /// For how long a session has waited.
+    pub fn waited(&self, now: Instant, id: &SessionId) -> Duration {
+        self.since.get(id).map_or(Duration::ZERO, |since| now.saturating_duration_since(*since))
+    }
+
+    /// Begins anew: something may have passed unseen.
+    pub fn reset(&mut self) {
+        self.since.clear();
+    }
+}
+
 fn or<'a>(text: &'a str, otherwise: &'a str) -> &'a str {
     if text.is_empty() { otherwise } else { text }
 }
@@ -415,6 +496,7 @@ pub(crate) mod tests {
             used_generation: 0,
             client: Client::Never,
             ending: None,
+            promised: false,
         }
     }
 
@@ -437,7 +519,7 @@ pub(crate) mod tests {
 
     /// Applies an input; `None` when the record goes.
     fn after(session: &Session, input: &Input<'_>) -> Option<Session> {
-        match session.handle(NOW, input) {
+        match session.handle(input) {
             Verdict::Keep => Some(session.clone()),
             Verdict::Put(next) => Some(*next),
             Verdict::Remove => None,
@@ -495,19 +577,79 @@ pub(crate) mod tests {
         let created = session();
         assert_eq!(created.wants(), Want::Accept);
         assert_eq!(after(&created, &Input::Missing), Some(created.clone()));
-        let tick =
-            |session: &Session, now, since| session.handle(now, &Input::Tick { observing_since: since });
-        assert_eq!(tick(&created, NOW + CREATION_SECONDS - 1, 0), Verdict::Keep);
-        assert_eq!(
-            tick(&created, NOW + CREATION_SECONDS, NOW + 1),
-            Verdict::Keep,
-            "time without observation does not count"
-        );
-        let Verdict::Put(failed) = tick(&created, NOW + CREATION_SECONDS, 0) else { panic!("no time-out") };
+        let tick = |session: &Session, waited| session.handle(&Input::Tick { waited });
+        assert_eq!(tick(&created, CREATION - Duration::from_secs(1)), Verdict::Keep);
+        let Verdict::Put(failed) = tick(&created, CREATION) else { panic!("no time-out") };
         assert_eq!((failed.status, failed.wants()), (SessionStatus::Error, Want::Nothing));
         assert!(failed.message.contains("300 s"), "{}", failed.message);
         let seen = reported(&created, InstanceState::Launching).expect("kept");
         assert_eq!(seen.wants(), Want::Nothing);
+    }
+
+    #[test]
+    fn a_launch_that_was_lost_with_its_agent_is_wanted_again() {
+        let agent_id = session().agent_id;
+        let launching = SessionReport { instance_id: None, ..report(InstanceState::Launching) };
+        let told = Input::Report { agent_id: &agent_id, report: &launching };
+        let launching = after(&session(), &told).expect("kept");
+        // The agent has restarted and knows nothing of it.
+        let missed = after(&launching, &Input::Missing).expect("kept");
+        assert_eq!((missed.status, missed.wants()), (SessionStatus::Created, Want::Accept));
+        let starting = reported(&missed, InstanceState::Starting).expect("kept");
+        assert_eq!(after(&starting, &Input::Missing), None, "there was an instance, and it has vanished");
+    }
+
+    #[test]
+    fn a_session_that_went_elsewhere_hears_only_from_there() {
+        let elsewhere = Candidate {
+            agent_id: "a2".parse().expect("id"),
+            region: "there".into(),
+            cluster_id: "cluster1".into(),
+        };
+        let seen = reported(&session(), InstanceState::Starting).expect("kept");
+        let Verdict::Put(moved) = seen.move_to(&elsewhere) else { panic!("it moves") };
+        assert_eq!((moved.agent_id.as_str(), moved.region.as_str()), ("a2", "there"));
+        assert_eq!((moved.seen, &moved.instance_id, moved.wants()), (false, &None, Want::Accept));
+        let agent_id = session().agent_id;
+        let late = report(InstanceState::Ending);
+        for input in
+            [Input::Report { agent_id: &agent_id, report: &late }, Input::Gone, Input::Missing, end()]
+        {
+            assert_eq!(moved.handle_from("cluster0", &input), Verdict::Keep, "{input:?}");
+        }
+        assert_ne!(moved.handle_from("cluster1", &end()), Verdict::Keep);
+        let ending = after(&session(), &end()).expect("kept");
+        assert_eq!(ending.move_to(&elsewhere), Verdict::Keep, "it ends where it may have begun");
+        let running = reported(&session(), InstanceState::Running).expect("kept");
+        assert_eq!(running.move_to(&elsewhere), Verdict::Keep, "it was taken, and the answer was lost");
+    }
+
+    #[test]
+    fn a_create_that_nobody_took_is_taken_back_unless_somebody_relies_on_it() {
+        assert_eq!(session().give_up(), Verdict::Remove);
+        let Verdict::Put(promised) = session().promise() else { panic!("it is promised") };
+        assert_eq!((promised.give_up(), promised.promise()), (Verdict::Keep, Verdict::Keep));
+        let running = reported(&session(), InstanceState::Running).expect("kept");
+        assert_eq!((running.give_up(), running.promise()), (Verdict::Keep, Verdict::Keep));
+        let ending = after(&session(), &end()).expect("kept");
+        assert_eq!(ending.give_up(), Verdict::Keep, "its end goes on");
+    }
+
+    #[test]
+    fn only_time_that_was_watched_counts_as_waiting() {
+        let (start, id) = (Instant::now(), session().id);
+        let later = |seconds| start + Duration::from_secs(seconds);
+        let mut waiting = Waiting::default();
+        assert_eq!(waiting.waited(later(9), &id), Duration::ZERO, "never seen");
+        waiting.see(start, [&id]);
+        waiting.see(later(10), [&id]);
+        assert_eq!(waiting.waited(later(20), &id), Duration::from_secs(20));
+        waiting.reset();
+        waiting.see(later(30), [&id]);
+        assert_eq!(waiting.waited(later(31), &id), Duration::from_secs(1), "it was not watched meanwhile");
+        waiting.see(later(40), []);
+        waiting.see(later(50), [&id]);
+        assert_eq!(waiting.waited(later(51), &id), Duration::from_secs(1), "it did not wait meanwhile");
     }
 
     #[test]
@@ -522,6 +664,11 @@ pub(crate) mod tests {
         assert_eq!(stopped.status, SessionStatus::Terminated);
         assert_eq!(reported(&stopped, Running).expect("kept").status, SessionStatus::Active);
         assert_eq!(reported(&stopped, Gone), None);
+        let failed = reported(&stopped, Failed).expect("kept for its instance");
+        assert_eq!(reported(&failed, Gone), None, "nothing is left to be diagnosed");
+        let never = Session { origin: Origin::Ams, ..self::session() };
+        let given_up = after(&never, &Input::Tick { waited: CREATION }).expect("kept");
+        assert_eq!(after(&given_up, &Input::Missing), None, "AMS never started it");
     }
 
     #[test]
@@ -571,9 +718,7 @@ pub(crate) mod tests {
             let origin = if random(3) == 0 { Origin::Ams } else { Origin::Gateway };
             let mut session =
                 Session { origin, ephemeral: random(2) == 0, joinable: random(2) == 0, ..session() };
-            let mut now = NOW;
             for step in 0..60 {
-                now += random(60) as i64;
                 let agent_id = session.agent_id.clone();
                 let mut report = report(states[random(states.len() as u64) as usize]);
                 if random(2) == 0 {
@@ -583,7 +728,7 @@ pub(crate) mod tests {
                     0 => Input::Missing,
                     1 => end(),
                     2 => Input::Gone,
-                    3 => Input::Tick { observing_since: 0 },
+                    3 => Input::Tick { waited: Duration::from_secs(random(400)) },
                     4 => {
                         session = session.join().unwrap_or(session);
                         continue;
@@ -597,18 +742,19 @@ pub(crate) mod tests {
                 };
                 let before = session.clone();
                 let context = || format!("seed {seed} step {step} {input:?} on {before:?}");
-                match session.handle(now, &input) {
+                match session.handle(&input) {
                     Verdict::Keep => {}
                     Verdict::Remove => {
                         let wished = before.ending.is_some() || matches!(input, Input::End(_));
                         let by_rule = before.ephemeral || before.origin == Origin::Ams || wished;
                         assert!(by_rule, "{}", context());
-                        assert!(before.status != SessionStatus::Error || wished, "{}", context());
+                        let kept = before.status == SessionStatus::Error && before.origin == Origin::Gateway;
+                        assert!(!kept || wished, "{}", context());
                         break;
                     }
                     Verdict::Put(next) => session = *next,
                 }
-                let again = session.handle(now, &input);
+                let again = session.handle(&input);
                 let of_absence = matches!(input, Input::End(_) | Input::Gone)
                     || matches!(input, Input::Report { report, .. } if report.state == Gone);
                 let removed_twice = again == Verdict::Remove && of_absence;

@@ -5,6 +5,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
+    hash::{DefaultHasher, Hash as _, Hasher as _},
     net::IpAddr,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
@@ -25,6 +26,7 @@ use futures_util::StreamExt as _;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
+use tokio::sync::mpsc;
 
 use crate::{
     Gateway,
@@ -33,7 +35,7 @@ use crate::{
     agents::{NoAgent, Refusals, Wanted, Whereabouts},
     geoip::is_place,
     index::{SESSIONS, key},
-    session::{Client, Ending, Input, Origin, Session, Verdict, Want},
+    session::{Client, Ending, Input, Origin, Session, Verdict, Waiting, Want},
     shares,
 };
 
@@ -70,6 +72,10 @@ const MAX_ROUND_TRIPS: usize = 100;
 const MAX_ROUND_TRIP: f64 = 60_000.0;
 /// Requests to agents and record changes that one report or tick may cause at a time.
 const CONCURRENT: usize = 64;
+/// Reports of different agents that are taken at a time.
+const LANES: usize = 32;
+/// Reports that wait in each lane; then the bus has to wait.
+const LANE_REPORTS: usize = 64;
 
 /// State of the shell that is not in the store: only times of this unit.
 #[derive(Default)]
@@ -78,6 +84,14 @@ pub struct Reconciler {
     asked: Mutex<HashMap<SessionId, (Instant, Duration)>>,
     /// What complete reports lack.
     absence: Mutex<Absence>,
+    /// Since when sessions wait.
+    waiting: Mutex<Waiting>,
+}
+
+impl Reconciler {
+    fn waiting(&self) -> std::sync::MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -300,7 +314,9 @@ impl Gateway {
                     "this Idempotency-Key was used for another request before",
                 ));
             }
-            if let Some(session) = self.find_session(&known.value.session_id).await? {
+            // The request that made it may still be looking for an agent, and must not take back what is said here.
+            let promised = self.change(&known.value.session_id, Session::promise).await;
+            if let Some(session) = promised.map_err(store_error)? {
                 let stun_servers = self.credentials(&session).await?;
                 return Ok((session, stun_servers));
             }
@@ -357,6 +373,7 @@ impl Gateway {
             used_generation: 0,
             client: Client::Never,
             ending: None,
+            promised: false,
         };
         let id = session.id.clone();
         let mut compares = vec![Compare::absent(key(&id))];
@@ -380,19 +397,14 @@ impl Gateway {
         })?;
         self.index.put(session.clone(), committed.revision);
         let mut refusals = Refusals::default();
-        let mut unsure = false;
         for (number, candidate) in candidates.iter().enumerate() {
             if number > 0 {
-                let change = |current: &Session| {
-                    let mut next = current.clone();
-                    next.region.clone_from(&candidate.region);
-                    next.cluster_id.clone_from(&candidate.cluster_id);
-                    next.agent_id.clone_from(&candidate.agent_id);
-                    Verdict::Put(Box::new(next))
-                };
-                match self.change(&id, change).await.map_err(store_error)? {
-                    Some(current) if current.ending.is_none() => session = (*current).clone(),
-                    _ => return Err(no_session(&id)),
+                let moved = self.leave(&session, |current| current.move_to(candidate)).await;
+                match moved.map_err(store_error)? {
+                    Some(current) if current.cluster_id == candidate.cluster_id && current.ending.is_none() => {
+                        session = (*current).clone();
+                    }
+                    left => return self.taken_after_all(&id, left).await,
                 }
             }
             match self.accept(&session).await {
@@ -414,22 +426,55 @@ impl Gateway {
                 }
                 Err(Refused::Silent(reason)) => {
                     tracing::warn!(session.id = %id, agent.id = %candidate.agent_id, "agent did not accept: {reason}");
-                    // The request may have arrived although the answer did not.
-                    unsure = true;
-                    let end = AgentRequest::End {
-                        session_id: id.clone(),
-                        message: "the session went elsewhere".into(),
-                        force: true,
-                    };
-                    self.bus.publish_json(&agent_requests(&candidate.agent_id), &end);
                     refusals.add(&candidate.agent_id, "does not answer");
                 }
             }
         }
-        self.forget(&id, unsure).await.map_err(store_error)?;
+        let left = self.leave(&session, Session::give_up).await.map_err(store_error)?;
+        if left.as_ref().is_some_and(|left| left.status == SessionStatus::Active) {
+            return self.taken_after_all(&id, left).await;
+        }
         let error = NoAgent::Refused { app: session.app, refusals };
         tracing::warn!(session.id = %id, "no cluster for a session: {error}");
         Err(error.into())
+    }
+
+    /// Takes a session away from an agent that refused it or did not answer. It may have taken it all the same, and
+    /// may still hear an earlier question of another unit: what it has of it is ended, now or when it is reported.
+    async fn leave(
+        &self,
+        session: &Session,
+        change: impl FnMut(&Session) -> Verdict + Send,
+    ) -> Result<Option<Arc<Session>>, StoreError> {
+        self.remember_ended(&session.id).await?;
+        let after = self.change(&session.id, change).await?;
+        if after.as_ref().is_none_or(|after| after.cluster_id != session.cluster_id) {
+            let end = AgentRequest::End {
+                session_id: session.id.clone(),
+                message: "the session went elsewhere".into(),
+                force: true,
+            };
+            self.bus.publish_json(&agent_requests(&session.agent_id), &end);
+        }
+        if after.is_none() {
+            self.asked().remove(&session.id);
+        }
+        Ok(after)
+    }
+
+    /// What a create that found its session changed by others answers.
+    async fn taken_after_all(
+        &self,
+        id: &SessionId,
+        session: Option<Arc<Session>>,
+    ) -> Result<(Arc<Session>, Vec<StunServer>), ApiError> {
+        match session {
+            Some(session) if session.is_live() => {
+                let stun_servers = self.credentials(&session).await?;
+                Ok((session, stun_servers))
+            }
+            _ => Err(no_session(id)),
+        }
     }
 
     async fn accept(&self, session: &Session) -> Result<Vec<StunServer>, Refused> {
@@ -553,18 +598,32 @@ impl Gateway {
     }
 
     async fn handle(&self, id: &SessionId, input: &Input<'_>) -> Result<Option<Arc<Session>>, StoreError> {
-        let now = self.now();
-        self.change(id, |session| session.handle(now, input)).await
+        self.change(id, |session| session.handle(input)).await
     }
 
-    /// Removes a record. `unsure`: an instance may be left; reports of it will be answered with its end.
-    async fn forget(&self, id: &SessionId, unsure: bool) -> Result<(), StoreError> {
-        let mut ops = vec![Op::delete(key(id)), Op::delete(shares::key(id))];
-        if unsure {
-            let key = format!("{ENDED}{id}");
-            let value = encode(&key, &Ended { expires_at: self.now() + DAY })?;
-            ops.push(Op::put(key, value));
-        }
+    /// The same for what the agent of a cluster told.
+    async fn handle_from(
+        &self,
+        id: &SessionId,
+        cluster_id: &str,
+        input: &Input<'_>,
+    ) -> Result<Option<Arc<Session>>, StoreError> {
+        self.change(id, |session| session.handle_from(cluster_id, input)).await
+    }
+
+    /// Remembers that nothing may be left of a session once its record is gone: reports of it will be answered with
+    /// its end.
+    async fn remember_ended(&self, id: &SessionId) -> Result<(), StoreError> {
+        let key = format!("{ENDED}{id}");
+        let value = encode(&key, &Ended { expires_at: self.now() + DAY })?;
+        self.store.transact(vec![], vec![Op::put(key, value)]).await?;
+        Ok(())
+    }
+
+    /// Removes a record although an instance may be left.
+    async fn forget(&self, id: &SessionId) -> Result<(), StoreError> {
+        self.remember_ended(id).await?;
+        let ops = vec![Op::delete(key(id)), Op::delete(shares::key(id))];
         self.store.transact(vec![], ops).await?;
         self.index.remove(id);
         self.asked().remove(id);
@@ -576,8 +635,10 @@ impl Gateway {
     /// # Errors
     /// There is no such session, or it did not end in time.
     pub async fn delete_session(&self, id: &SessionId, force: bool, sync: bool) -> Result<Deleted, ApiError> {
-        if self.find_session(id).await?.is_none() {
-            return Err(no_session(id));
+        let Some(found) = self.find_session(id).await? else { return Err(no_session(id)) };
+        if !found.seen {
+            // A launch may still be on its way when the agent says that there is nothing.
+            self.remember_ended(id).await.map_err(store_error)?;
         }
         let mut follower = self.index.follow(id);
         let ending = Ending { message: "the session was ended by its owner".into(), force };
@@ -589,7 +650,7 @@ impl Gateway {
         };
         if force || sync {
             if !self.end(&session).await && force {
-                self.forget(id, true).await.map_err(store_error)?;
+                self.forget(id).await.map_err(store_error)?;
                 tracing::warn!(session.id = %id, "session {id} was removed by force: its agent does not answer");
                 return Ok(Deleted::Done);
             }
@@ -624,7 +685,8 @@ impl Gateway {
         self.asked().insert(session.id.clone(), (Instant::now() + AGENT_TIME + FIRST_PAUSE, FIRST_PAUSE));
         match self.ask(session, &request, AGENT_TIME).await {
             Ok(AgentResponse::Ending { state: InstanceState::Gone }) => {
-                if let Err(error) = self.handle(&session.id, &Input::Gone).await {
+                let gone = self.handle_from(&session.id, &session.cluster_id, &Input::Gone).await;
+                if let Err(error) = gone {
                     tracing::error!(session.id = %session.id, "noting the end of a session failed: {error}");
                 }
                 true
@@ -674,11 +736,15 @@ impl Gateway {
         });
 
         let mut reports = self.bus.queue_subscribe(&sessions_report(), GATEWAY_GROUP).await?;
-        let gateway = self.clone();
+        let lanes = self.report_lanes();
         self.shutdown.spawn_until_stopped("session reports", async move {
             while let Some(message) = reports.next().await {
                 match message.json::<SessionsReport>() {
-                    Ok(report) => gateway.take_report(report).await,
+                    Ok(report) => {
+                        let lane = lane(report.agent_id.as_str(), lanes.len());
+                        // A lane ends with this task only.
+                        let _ = lanes[lane].send(report).await;
+                    }
                     Err(error) => tracing::warn!("a report of sessions cannot be read: {error}"),
                 }
             }
@@ -711,17 +777,16 @@ impl Gateway {
         let gateway = self.clone();
         self.shutdown.spawn_until_stopped("reconcile sessions", async move {
             let _serving = serving;
-            let mut observing_since = gateway.now();
             let mut swept = Instant::now();
             loop {
                 tokio::time::sleep(RECONCILE).await;
                 if !*gateway.bus.connected().borrow() || !gateway.ownership.is_owner() {
                     // While we see nothing, or another unit is responsible, nothing is anybody's fault.
-                    observing_since = gateway.now();
+                    gateway.reconciler.waiting().reset();
                     gateway.reconciler.absence.lock().unwrap_or_else(PoisonError::into_inner).reset();
                     continue;
                 }
-                gateway.reconcile(observing_since).await;
+                gateway.reconcile().await;
                 gateway.forget_absent();
                 if swept.elapsed() >= SWEEP {
                     swept = Instant::now();
@@ -776,6 +841,22 @@ impl Gateway {
         Ok(())
     }
 
+    /// Takers of reports: those of one agent are taken in their order, those of many side by side, because each
+    /// waits for the store, and the store makes many changes last at once.
+    fn report_lanes(&self) -> Vec<mpsc::Sender<SessionsReport>> {
+        let lane = || {
+            let (sender, mut queue) = mpsc::channel(LANE_REPORTS);
+            let gateway = self.clone();
+            self.shutdown.spawn_until_stopped("session states", async move {
+                while let Some(report) = queue.recv().await {
+                    gateway.take_report(report).await;
+                }
+            });
+            sender
+        };
+        std::iter::repeat_with(lane).take(LANES).collect()
+    }
+
     /// Takes away records whose time is over.
     async fn sweep(&self) -> Result<(), StoreError> {
         let now = self.now();
@@ -809,17 +890,18 @@ impl Gateway {
         self.sweep_shares().await
     }
 
-    async fn reconcile(&self, observing_since: i64) {
+    async fn reconcile(&self) {
         let pending = self.index.pending();
         let now = Instant::now();
         {
             let ids: HashSet<&SessionId> = pending.iter().map(|session| &session.id).collect();
             self.asked().retain(|id, (at, _)| ids.contains(id) || *at > now);
+            self.reconciler.waiting().see(now, ids);
         }
         futures_util::stream::iter(pending)
             .for_each_concurrent(CONCURRENT, |session| async move {
-                let tick = Input::Tick { observing_since };
-                if session.handle(self.now(), &tick) != Verdict::Keep
+                let tick = Input::Tick { waited: self.reconciler.waiting().waited(now, &session.id) };
+                if session.handle(&tick) != Verdict::Keep
                     && let Err(error) = self.handle(&session.id, &tick).await
                 {
                     tracing::error!(session.id = %session.id, "writing a session failed: {error}");
@@ -893,7 +975,7 @@ impl Gateway {
                 .take(Instant::now(), &report, || self.index.of_agent(&report.agent_id, &report.cluster_id))
         };
         for id in vanished {
-            if let Err(error) = self.handle(&id, &Input::Missing).await {
+            if let Err(error) = self.handle_from(&id, &report.cluster_id, &Input::Missing).await {
                 tracing::error!(session.id = %id, "writing a session failed: {error}");
             }
         }
@@ -914,24 +996,33 @@ impl Gateway {
                 step.duration_ms
             );
         }
-        let lives = matches!(
-            report.state,
-            InstanceState::Launching | InstanceState::Starting | InstanceState::Running
-        );
+        // What has stopped or failed is still there, too.
+        let remains = !matches!(report.state, InstanceState::Ending | InstanceState::Gone);
         let end = |message: &str| {
             let end = AgentRequest::End { session_id: id.clone(), message: message.into(), force: true };
             self.bus.publish_json(&agent_requests(&from.agent_id), &end);
         };
-        let Some(session) = self.index.get(id) else {
+        let mut session = self.index.get(id);
+        if remains && session.as_ref().is_none_or(|session| session.cluster_id != from.cluster_id) {
+            // The index may lag behind the store, and an end cannot be taken back.
+            session = match self.find_session(id).await {
+                Ok(session) => session,
+                Err(error) => {
+                    tracing::warn!(session.id = %id, "a report waits for the store: {error}");
+                    return;
+                }
+            };
+        }
+        let Some(session) = session else {
             // Only a session that is recorded as ended is ended: an unknown one may be a newer unit's.
-            if lives && matches!(self.store.get(&format!("{ENDED}{id}")).await, Ok(Some(_))) {
+            if remains && matches!(self.store.get(&format!("{ENDED}{id}")).await, Ok(Some(_))) {
                 tracing::warn!(session.id = %id, agent.id = %from.agent_id, "ending what is left of session {id}");
                 end("the session has ended");
             }
             return;
         };
         if session.cluster_id != from.cluster_id {
-            if lives {
+            if remains {
                 tracing::warn!(session.id = %id, agent.id = %from.agent_id, "session {id} runs in a second cluster");
                 end("the session runs elsewhere");
             }
@@ -941,10 +1032,10 @@ impl Gateway {
         let keeps = self.agents().is_alive(Instant::now(), &session.agent_id);
         let agent_id = if keeps { &session.agent_id } else { &from.agent_id };
         let input = Input::Report { agent_id, report };
-        if session.handle(self.now(), &input) == Verdict::Keep {
+        if session.handle(&input) == Verdict::Keep {
             return;
         }
-        if let Err(error) = self.handle(id, &input).await {
+        if let Err(error) = self.handle_from(id, &from.cluster_id, &input).await {
             // The next report says it again.
             tracing::error!(session.id = %id, "writing a session failed: {error}");
         }
@@ -1012,6 +1103,7 @@ impl Gateway {
                 used_generation: 0,
                 client: Client::Never,
                 ending: None,
+                promised: false,
             };
             let id = session.id.clone();
             let compare = match &known {
@@ -1035,6 +1127,13 @@ impl Gateway {
         }
         Err(StoreError::Conflict)
     }
+}
+
+/// The lane of an agent's reports.
+fn lane(agent_id: &str, lanes: usize) -> usize {
+    let mut hasher = DefaultHasher::new();
+    agent_id.hash(&mut hasher);
+    hasher.finish() as usize % lanes
 }
 
 /// Why an agent did not do what it was asked.

@@ -357,11 +357,15 @@ async fn status(State(gateway): State<Gateway>, parts: Parts) -> Result<Answer<S
     let healthy = *gateway.bus.connected().borrow() && gateway.store.get("gateway/root-key").await.is_ok();
     let full =
         matches!(identify(&parts, &gateway).await, Ok(Some(Caller { rights: AccountRights::Full, .. })));
+    let members = match full {
+        true => gateway.store.members().await.ok(),
+        false => None,
+    };
     let (agents, _) = gateway.agents().counts(std::time::Instant::now());
     Ok(Answer::ok(ServiceStatus {
         status: if healthy { "healthy" } else { "unhealthy" }.into(),
         agents: full.then_some(agents as u64),
-        database_nodes: full.then_some(1),
+        database_nodes: members,
     }))
 }
 
