@@ -14,6 +14,7 @@ use std::{
 
 use async_nats::{Client, ConnectOptions, Event, Request, client::RequestErrorKind};
 use bytes::Bytes;
+use futures_util::StreamExt;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
@@ -164,11 +165,27 @@ async fn publish_queue(
             }
             Outgoing::Flush(done) => {
                 // Not awaited here: a flush waits for the server, and messages behind it are lost meanwhile
-                // only by their own rule. The receiver may have gone.
-                let client = client.clone();
-                tokio::spawn(async move { done.send(client.flush().await.is_ok()) });
+                // only by their own rule.
+                tokio::spawn(flush(client.clone(), done));
             }
         }
+    }
+}
+
+/// The library's own flush ends when everything is written to the socket. What the server has done with it shows only in
+/// an answer: it takes what comes over one connection in order, so that a message to ourselves is one.
+async fn flush(client: Client, mut done: oneshot::Sender<bool>) {
+    let round_trip = async {
+        let inbox = client.new_inbox();
+        let Ok(mut back) = client.subscribe(inbox.clone()).await else { return false };
+        client.publish(inbox, Bytes::new()).await.is_ok() && back.next().await.is_some()
+    };
+    tokio::select! {
+        flushed = round_trip => {
+            // Whoever waited may have gone at this moment.
+            let _ = done.send(flushed);
+        }
+        () = done.closed() => {}
     }
 }
 

@@ -1,11 +1,12 @@
 //! The client of the gateway (gateway-api section 6).
 
 use fanlight_api::{
-    Secret, SessionId,
+    Secret, SessionId, ShareId,
     envelope::{GatewayEnvelope, Kind},
     gateway::{
-        Account, AccountCreated, AccountsPost, Application, JoinPost, LoginCode, Region, ServiceStatus,
-        Session, SessionCreated, SessionJoined, SessionStatus, SessionsPost,
+        Account, AccountCreated, AccountsPost, Application, ConfigItems, ConfigPatch, JoinPost, LoginCode,
+        Region, ServiceStatus, Session, SessionCreated, SessionJoined, SessionStatus, SessionsPost, Share,
+        ShareBase, ShareCreated, SharePatch, SharePost,
     },
 };
 use http::{HeaderMap, HeaderValue, Method, header::AUTHORIZATION};
@@ -175,6 +176,65 @@ impl GatewayClient {
     pub async fn delete_sessions(&self, ids: &[SessionId], wait: bool) -> Result<Deleted, ClientError> {
         let body = serde_json::json!({ "ids": ids });
         self.call(Method::DELETE, "/1.0/sessions", &[("sync", wait.to_string())], Some(&body)).await
+    }
+
+    /// Shares, of one session or of all.
+    ///
+    /// # Errors
+    /// As of every request.
+    pub async fn shares(&self, session: Option<&SessionId>) -> Result<Vec<ShareBase>, ClientError> {
+        let mut query = vec![("recursion", "true".to_owned())];
+        query.extend(session.map(|id| ("session_id", id.to_string())));
+        self.get("/1.0/shares", &query).await
+    }
+
+    /// Makes a share of a session.
+    ///
+    /// # Errors
+    /// As of every request; not found, or as many as there may be.
+    pub async fn create_share(
+        &self,
+        session: &SessionId,
+        request: &SharePost,
+    ) -> Result<ShareCreated, ClientError> {
+        self.call(Method::POST, &format!("/1.0/sessions/{session}/share"), &[], Some(request)).await
+    }
+
+    /// Changes a share.
+    ///
+    /// # Errors
+    /// As of every request; not found.
+    pub async fn update_share(&self, id: &ShareId, request: &SharePatch) -> Result<Share, ClientError> {
+        self.call(Method::PATCH, &format!("/1.0/shares/{id}"), &[], Some(request)).await
+    }
+
+    /// Takes a share back.
+    ///
+    /// # Errors
+    /// As of every request; not found.
+    pub async fn delete_share(&self, id: &ShareId) -> Result<(), ClientError> {
+        let answer: Result<serde_json::Value, _> =
+            self.call(Method::DELETE, &format!("/1.0/shares/{id}"), &[], None::<&()>).await;
+        answer.map(|_| ())
+    }
+
+    /// Items of configuration that may be changed while gateways run.
+    ///
+    /// # Errors
+    /// As of every request.
+    pub async fn config(&self) -> Result<ConfigItems, ClientError> {
+        self.get("/1.0/config", &[]).await
+    }
+
+    /// Changes an item of configuration; the empty value is the default again.
+    ///
+    /// # Errors
+    /// As of every request; an unknown item or a value that is not one of its.
+    pub async fn set_config(&self, name: &str, value: &str) -> Result<(), ClientError> {
+        let request = ConfigPatch { name: name.into(), value: value.into() };
+        let answer: Result<serde_json::Value, _> =
+            self.call(Method::PATCH, "/1.0/config", &[], Some(&request)).await;
+        answer.map(|_| ())
     }
 
     /// Accounts; on the unix socket only.
