@@ -3,6 +3,8 @@
 // beginning of their names. Pictures of failures are kept in $FANLIGHT_SHOTS, when that is set.
 
 import assert from "node:assert/strict";
+import { createSocket } from "node:dgram";
+import { once } from "node:events";
 import { mkdirSync } from "node:fs";
 import { join } from "node:path";
 import { chromium } from "playwright-core";
@@ -253,6 +255,80 @@ test("a link works once only", async (page) => {
     await other.close();
   }
   assert.equal(page.complaints.length, 0);
+});
+
+/** Opens the connection check from what shows now and waits for its end; step, status and text of each line. */
+async function connectionCheck(page) {
+  await page.getByRole("button", { name: "Connection check" }).click();
+  await page.locator('.check-result:not([data-state="working"])').waitFor({ timeout: SOON });
+  return page
+    .locator(".checks li")
+    .evaluateAll((lines) => lines.map((line) => ({ ...line.dataset, text: line.innerText })));
+}
+
+test("check of the connection finds nothing broken in a whole stack, from the gallery and from a failure", async (page) => {
+  const checks = await connectionCheck(page);
+  const of = (step) => checks.find((check) => check.step === step)?.status;
+  for (const step of ["page", "decoding", "gateway", "time", "store", "bus", "agents", "applications", "capacity"]) {
+    assert.equal(of(step), "ok", `${step}: ${JSON.stringify(checks)}`);
+  }
+  assert.ok(checks.every(({ status }) => ["ok", "warning", "skipped"].includes(status)), JSON.stringify(checks));
+  assert.notEqual(await page.locator(".check-result").getAttribute("data-state"), "failed");
+  // It can be left by keys alone, and these are where they were before.
+  assert.equal(await page.evaluate(() => document.activeElement.textContent), "Close");
+  await page.keyboard.press("Escape");
+  await page.locator("dialog").waitFor({ state: "detached", timeout: SOON });
+  assert.equal(await page.evaluate(() => document.activeElement.textContent), "Connection check");
+
+  await page.evaluate(() => (location.hash = "#/app/no-such-thing"));
+  await page.locator(".message.problem").waitFor({ timeout: SOON });
+  const again = await connectionCheck(page);
+  assert.deepEqual(again.map(({ step }) => step), checks.map(({ step }) => step));
+  await page.getByRole("button", { name: "Close" }).click();
+  await page.locator("dialog").waitFor({ state: "detached", timeout: SOON });
+});
+
+/** A STUN server on loopback that answers after so many milliseconds (RFC 8489, sections 5 and 14.2). */
+async function stunServer(delayMs) {
+  const socket = createSocket("udp4");
+  socket.on("message", (request, { address, port }) => {
+    if (request.length < 20 || request.readUInt16BE(0) !== 0x0001) return;
+    const answer = Buffer.alloc(32);
+    answer.writeUInt16BE(0x0101, 0);
+    answer.writeUInt16BE(12, 2);
+    request.copy(answer, 4, 4, 20);
+    answer.writeUInt16BE(0x0020, 20);
+    answer.writeUInt16BE(8, 22);
+    answer.writeUInt8(1, 25);
+    answer.writeUInt16BE(port ^ 0x2112, 26);
+    const own = address.split(".").map(Number);
+    for (let i = 0; i < 4; i++) answer.writeUInt8(own[i] ^ request[4 + i], 28 + i);
+    setTimeout(() => socket.send(answer, port, address, () => undefined), delayMs);
+  });
+  socket.bind(0, "127.0.0.1");
+  await once(socket, "listening");
+  return socket;
+}
+
+test("round trips to several regions are measured and sent with a launch", async (page) => {
+  const servers = [await stunServer(0), await stunServer(150)];
+  try {
+    const [near, far] = servers.map((server) => `stun:127.0.0.1:${server.address().port}`);
+    const region = (name, ...urls) => ({ name, ...(urls.length > 0 && { stun_servers: urls }) });
+    const metadata = [region("near", near), region("far", far), region("mute", "stun:127.0.0.1:9"), region("bare")];
+    await page.route("**/1.0/regions?*", (route) =>
+      route.fulfill({ json: { type: "sync", status: "success", status_code: 200, metadata } }),
+    );
+    await page.reload();
+    await page.waitForSelector(".card", { timeout: SOON });
+    const request = page.waitForRequest((one) => one.method() === "POST" && one.url().endsWith("/1.0/sessions"));
+    await page.locator('.card[data-app="terminal"] a').click();
+    const { round_trips: trips } = (await request).postDataJSON();
+    assert.deepEqual(Object.keys(trips).sort(), ["far", "near"]);
+    assert.ok(trips.near > 0 && trips.near < trips.far && trips.far >= 150, JSON.stringify(trips));
+  } finally {
+    for (const server of servers) server.close();
+  }
 });
 
 let [passed, failed] = [0, 0];

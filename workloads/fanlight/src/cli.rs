@@ -34,6 +34,18 @@ pub enum Command {
         #[command(subcommand)]
         command: SessionCommand,
     },
+    /// Shares of sessions: URLs that open them for somebody without a token.
+    Share {
+        /// What to do with them.
+        #[command(subcommand)]
+        command: ShareCommand,
+    },
+    /// Configuration of the gateways that may be changed while they run.
+    Config {
+        /// What to do with it.
+        #[command(subcommand)]
+        command: ConfigCommand,
+    },
     /// Instances of AMS.
     Instance {
         /// What to do with them.
@@ -61,7 +73,8 @@ pub struct Stack {
 /// How the ports of the services are chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Ports {
-    /// 4000 (gateway), 4080 (page), 8445 (agent), 8444 (AMS); one in use is an error.
+    /// 4000 (gateway), 4080 (page), 8445 (agent), 8444 (AMS), 3478 over UDP (TURN, with --listen); one in use is an
+    /// error.
     Fixed,
     /// Any free ones, for stacks beside others.
     Auto,
@@ -79,6 +92,13 @@ pub struct Up {
     /// How ports are chosen.
     #[arg(long, value_enum, default_value = "fixed")]
     pub ports: Ports,
+    /// TURN server in the place of the embedded one that comes with --listen, such as
+    /// `turn:turn.example:3478?transport=udp`; may be given more than once.
+    #[arg(long, value_name = "URL", requires = "turn_secret")]
+    pub turn: Vec<String>,
+    /// File with the secret shared with these TURN servers (Coturn: static-auth-secret).
+    #[arg(long, value_name = "FILE", requires = "turn")]
+    pub turn_secret: Option<PathBuf>,
     /// Return when everything is ready; `down` ends it.
     #[arg(long)]
     pub detach: bool,
@@ -172,6 +192,77 @@ pub enum SessionCommand {
         stack: Stack,
         /// Id of the session.
         id: String,
+    },
+}
+
+/// Commands about shares.
+#[derive(Debug, Subcommand)]
+pub enum ShareCommand {
+    /// Make a share and print its URL.
+    Create {
+        /// Which stack.
+        #[command(flatten)]
+        stack: Stack,
+        /// Id of the session.
+        session: String,
+        /// What it is for.
+        #[arg(long, default_value = "")]
+        description: String,
+        /// Until when: a time from now (`24h`, `30m`), `YYYY-MM-DD`, or `YYYY-MM-DD HH:MM:SS` in UTC.
+        #[arg(long)]
+        expiry: Option<String>,
+    },
+    /// List the shares.
+    List {
+        /// Which stack.
+        #[command(flatten)]
+        stack: Stack,
+        /// Only those of this session.
+        #[arg(long)]
+        session_id: Option<String>,
+    },
+    /// Change description or expiry.
+    Update {
+        /// Which stack.
+        #[command(flatten)]
+        stack: Stack,
+        /// Id of the share.
+        id: String,
+        /// What it is for.
+        #[arg(long)]
+        description: Option<String>,
+        /// Until when, as for `create`.
+        #[arg(long)]
+        expiry: Option<String>,
+    },
+    /// Take a share back; its URL opens nothing from then on.
+    Delete {
+        /// Which stack.
+        #[command(flatten)]
+        stack: Stack,
+        /// Id of the share.
+        id: String,
+    },
+}
+
+/// Commands about configuration.
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Print every item with its value.
+    Show {
+        /// Which stack.
+        #[command(flatten)]
+        stack: Stack,
+    },
+    /// Change an item for all gateways.
+    Set {
+        /// Which stack.
+        #[command(flatten)]
+        stack: Stack,
+        /// Name of the item.
+        name: String,
+        /// Its value; empty for the default.
+        value: String,
     },
 }
 

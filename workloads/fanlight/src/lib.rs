@@ -2,6 +2,7 @@
 //!
 //! It composes the programs and makes the trust between them; what each of them does is theirs.
 
+mod administration;
 mod children;
 mod cli;
 mod commands;
@@ -55,6 +56,8 @@ pub fn run(cli: Cli) -> Result<()> {
             Command::Code(stack) => commands::code(&stack).await,
             Command::Account { command } => commands::account(command).await,
             Command::Session { command } => commands::session(command).await,
+            Command::Share { command } => administration::share(command).await,
+            Command::Config { command } => administration::config(command).await,
             Command::Instance { command } => commands::instance(command).await,
             Command::Doctor(options) => doctor::run(&options).await,
             Command::Shim { .. } => Ok(()),

@@ -214,6 +214,7 @@ impl Settings {
                 ..Default::default()
             },
             bus,
+            turn: plan.turn.clone(),
             ..Default::default()
         };
         let media = if plan.address.is_loopback() { String::new() } else { plan.address.to_string() };

@@ -38,6 +38,7 @@ const GATEWAY_PORT: u16 = 4000;
 const PAGE_PORT: u16 = 4080;
 const AGENT_PORT: u16 = 8445;
 const AMS_PORT: u16 = 8444;
+const TURN_PORT: u16 = 3478;
 /// How long a part may take to answer after its start.
 const START_PATIENCE: Duration = Duration::from_secs(30);
 /// How long the end of sessions and instances may take before the programs are ended all the same.
@@ -55,6 +56,8 @@ pub struct Plan {
     pub address: IpAddr,
     /// Folder of the built page.
     pub ui: Option<PathBuf>,
+    /// TURN servers that clients are told of.
+    pub turn: fanlight_agent::Turn,
 }
 
 /// Runs a stack until a signal ends it.
@@ -78,7 +81,7 @@ pub async fn run(options: &Up) -> Result<()> {
         (Some(_), true) => Some(format!("http://{}/ui/", ports.page_address)),
         (Some(_), false) => Some(format!("{gateway_url}/ui/")),
     };
-    let plan = Plan { state, trust, address, ui };
+    let plan = Plan { state, trust, address, ui, turn: turn(options)? };
 
     progress(if options.separate {
         "starting nats-server, AMS, agent and gateway"
@@ -126,6 +129,21 @@ fn check_isolation(options: &Up) -> Result<()> {
             Ok(())
         }
     }
+}
+
+/// Clients beyond this machine may sit where UDP to any port does not go; one port often does.
+fn turn(options: &Up) -> Result<fanlight_agent::Turn> {
+    let mut turn = fanlight_agent::Turn::default();
+    if let Some(secret) = &options.turn_secret {
+        // Programs of their own may run in another folder.
+        turn.secret_file =
+            secret.canonicalize().with_context(|| format!("finding the TURN secret {}", secret.display()))?;
+        turn.urls.clone_from(&options.turn);
+    } else if let Some(address) = options.listen.filter(|address| !address.is_loopback()) {
+        let port = if options.ports == Ports::Auto { 0 } else { TURN_PORT };
+        turn.listen = SocketAddr::new(address, port).to_string();
+    }
+    Ok(turn)
 }
 
 /// Where a package would put the page.

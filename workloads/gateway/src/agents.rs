@@ -402,14 +402,22 @@ impl Agents {
         if alive.is_empty() {
             return NoAgent::NoAgents;
         }
-        if !wanted.region.is_empty() && alive.iter().all(|report| report.region != wanted.region) {
+        // What only a silent agent has is not unknown: it is away for now.
+        let silent: Vec<&AgentReport> = self.silent(now).collect();
+        let serves = |report: &&AgentReport| wanted.region.is_empty() || report.region == wanted.region;
+        if !alive.iter().chain(&silent).any(serves) {
             let known = self.regions(now).into_iter().map(|region| region.name).collect();
             return NoAgent::UnknownRegion { region: wanted.region.into(), known };
         }
+        let away: Vec<&AgentReport> = silent
+            .into_iter()
+            .filter(|report| serves(report) && find_application(report, wanted).is_ok())
+            .collect();
         let fitting: Vec<Result<&ReportedApplication, String>> =
             alive.iter().map(|report| find_application(report, wanted)).collect();
         if let Some(Err(text)) = fitting.first()
             && fitting.iter().all(Result::is_err)
+            && away.is_empty()
         {
             // Of several texts the one about a version says more than the one about the name.
             let of_version =
@@ -417,8 +425,11 @@ impl Agents {
             return NoAgent::UnknownApplication { text: of_version.unwrap_or(text).clone() };
         }
         let mut refusals = Refusals::default();
+        for report in away {
+            refusals.add(&report.agent_id, "has fallen silent");
+        }
         for (report, fits) in alive.into_iter().zip(fitting) {
-            let reason = if !wanted.region.is_empty() && report.region != wanted.region {
+            let reason = if !serves(&report) {
                 format!("serves another region than {:?}", wanted.region)
             } else {
                 match fits {
@@ -654,6 +665,28 @@ mod tests {
         assert_eq!(agents.counts(later), (1, 0));
         let chosen = agents.choose(later, wanted("x"), || 0.5).expect("the other is left");
         assert_eq!(names(&chosen), ["two"]);
+    }
+
+    #[test]
+    fn what_only_a_silent_agent_has_is_away_and_not_unknown() {
+        let start = Instant::now();
+        let mut agents = Agents::default();
+        agents.report(start, report("one", "east", &["x"]));
+        let late = start + ALIVE + Duration::from_millis(1);
+        agents.report(late, report("two", "west", &["y"]));
+        for region in ["", "east"] {
+            let away = agents.choose(late, Wanted { region, ..wanted("x") }, || 0.5);
+            let text = away.clone().expect_err("away").to_string();
+            assert!(matches!(away, Err(NoAgent::Refused { .. })) && text.contains("fallen silent"), "{text}");
+        }
+        let unknown = agents.choose(late, wanted("z"), || 0.5);
+        assert!(matches!(unknown, Err(NoAgent::UnknownApplication { .. })), "{unknown:?}");
+        let nowhere = agents.choose(late, Wanted { region: "moon", ..wanted("x") }, || 0.5);
+        assert!(matches!(nowhere, Err(NoAgent::UnknownRegion { .. })), "{nowhere:?}");
+        let forgotten = start + FORGOTTEN + ALIVE;
+        agents.report(forgotten, report("two", "west", &["y"]));
+        let unknown = agents.choose(forgotten, wanted("x"), || 0.5);
+        assert!(matches!(unknown, Err(NoAgent::UnknownApplication { .. })), "{unknown:?}");
     }
 
     #[test]

@@ -108,7 +108,10 @@ fn judge_agents(alive: &[&AgentReport], silent: &[&AgentReport], now_ms: i64) ->
             "no application has a published version",
             "publish a version, or name one in app_version",
         ),
-        _ => ok("applications", format!("{published} published in {} clusters", alive.len())),
+        _ => {
+            let clusters = if alive.len() == 1 { "cluster" } else { "clusters" };
+            ok("applications", format!("{published} published in {} {clusters}", alive.len()))
+        }
     });
     let refusals: Vec<(&AgentReport, String)> = alive
         .iter()
@@ -160,7 +163,8 @@ fn judge_certificate(not_after: Result<i64, String>, now: i64) -> Check {
     }
 }
 
-fn judge_turn(servers: &BTreeMap<String, Vec<StunServer>>, silent: &[String]) -> Check {
+/// `alone`: nobody but this machine reaches us, so that nothing needs a relay.
+fn judge_turn(servers: &BTreeMap<String, Vec<StunServer>>, silent: &[String], alone: bool) -> Check {
     let with_turn = |servers: &Vec<StunServer>| {
         servers.iter().flat_map(|server| &server.urls).any(|url| url.starts_with("turn"))
     };
@@ -178,6 +182,8 @@ fn judge_turn(servers: &BTreeMap<String, Vec<StunServer>>, silent: &[String]) ->
         )
     } else if without.is_empty() {
         ok("turn", "every region has a TURN server")
+    } else if alone {
+        check("turn", CheckStatus::Skipped, "everything is on this machine, which needs no TURN server", "")
     } else {
         check(
             "turn",
@@ -252,7 +258,7 @@ impl Gateway {
         checks.push(if stun_servers.is_empty() && silent.is_empty() {
             check("turn", CheckStatus::Skipped, "no agent is alive", "")
         } else {
-            judge_turn(&stun_servers, &silent)
+            judge_turn(&stun_servers, &silent, self.public_address.ip().is_loopback())
         });
         Diagnosis { time_ms: self.now_ms(), checks, stun_servers }
     }
@@ -333,8 +339,9 @@ mod tests {
             let server = StunServer { urls: vec![url.into()], ..StunServer::default() };
             BTreeMap::from([("here".to_owned(), vec![server])])
         };
-        assert_eq!(judge_turn(&servers("turn:t:3478"), &[]).status, Ok);
-        assert_eq!(judge_turn(&servers("stun:t:3478"), &[]).status, Warning);
-        assert_eq!(judge_turn(&servers("turn:t:3478"), &["agent a".into()]).status, Warning);
+        assert_eq!(judge_turn(&servers("turn:t:3478"), &[], false).status, Ok);
+        assert_eq!(judge_turn(&servers("stun:t:3478"), &[], false).status, Warning);
+        assert_eq!(judge_turn(&servers("stun:t:3478"), &[], true).status, Skipped);
+        assert_eq!(judge_turn(&servers("turn:t:3478"), &["agent a".into()], true).status, Warning);
     }
 }

@@ -91,6 +91,11 @@ impl Index {
         self.lock().sessions.get(id).map(|(session, _)| session.clone())
     }
 
+    /// A session and the revision at which it was written.
+    pub fn record(&self, id: &SessionId) -> Option<(Arc<Session>, Revision)> {
+        self.lock().sessions.get(id).cloned()
+    }
+
     /// All sessions, in no order.
     pub fn all(&self) -> Vec<Arc<Session>> {
         self.lock().sessions.values().map(|(session, _)| session.clone()).collect()

@@ -112,6 +112,10 @@ impl Relay {
             if let Some(end) = self.session_ended() {
                 return end;
             }
+            if self.link.is_broken() {
+                let text = "the session went to another instance; join again";
+                return End::Error(ErrorCode::InstanceNotReachable, text.into());
+            }
             while let Some(frame) = self.link.poll_frame() {
                 match frame {
                     Frame::Text { text } => {
@@ -247,7 +251,7 @@ impl Relay {
         // Its counterpart is the same on a link that is full.
         let _ = self.link.send(Frame::Closed);
         let give_up = Instant::now() + LINGER;
-        while !self.link.is_settled() {
+        while !self.link.is_settled() && !self.link.is_broken() {
             while self.link.poll_frame().is_some() {}
             self.transmit();
             if self.follower.borrow().is_none() {

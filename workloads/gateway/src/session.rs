@@ -252,12 +252,17 @@ impl Session {
         if self.cluster_id == cluster_id { self.handle(input) } else { Verdict::Keep }
     }
 
-    /// Answers a create that is repeated while the first one may still look for an agent.
+    /// Answers a create that is repeated while the first one may still look for an agent. Whoever repeats it after the
+    /// socket of the first answer was used needs another one, as a join would.
     pub fn promise(&self) -> Verdict {
-        if self.promised || self.status != SessionStatus::Created {
-            return Verdict::Keep;
+        let mut next = self.clone();
+        next.promised |= self.status == SessionStatus::Created;
+        if self.used_generation >= self.generation
+            && let Ok(joined) = self.join()
+        {
+            next.generation = joined.generation;
         }
-        Verdict::Put(Box::new(Self { promised: true, ..self.clone() }))
+        if next == *self { Verdict::Keep } else { Verdict::Put(Box::new(next)) }
     }
 
     /// No agent took it: it never was, unless somebody was promised it, or it has come to be all the same.
@@ -338,15 +343,17 @@ impl Session {
         true
     }
 
-    fn missing(&mut self) -> bool {
+    /// Whether [`Input::Missing`] would say something. A report that lacks any other session means nothing, and must
+    /// not count later, either.
+    pub fn can_be_missed(&self) -> bool {
         // Before the first report there may be no instance yet. One that AMS still did not start after the time-out
         // was given up by AMS, too.
         let given_up = self.origin == Origin::Ams && self.status == SessionStatus::Error;
-        if self.seen || self.ending.is_some() || given_up {
-            self.gone("the instance has vanished")
-        } else {
-            true
-        }
+        self.seen || self.ending.is_some() || given_up
+    }
+
+    fn missing(&mut self) -> bool {
+        !self.can_be_missed() || self.gone("the instance has vanished")
     }
 
     fn end(&mut self, ending: &Ending) -> bool {
@@ -627,6 +634,10 @@ pub(crate) mod tests {
     #[test]
     fn a_create_that_nobody_took_is_taken_back_unless_somebody_relies_on_it() {
         assert_eq!(session().give_up(), Verdict::Remove);
+        let used = Session { used_generation: 1, status: SessionStatus::Active, ..session() };
+        let Verdict::Put(again) = used.promise() else { panic!("its socket was used") };
+        assert_eq!((again.generation, again.promised), (2, false));
+        assert_eq!(again.promise(), Verdict::Keep);
         let Verdict::Put(promised) = session().promise() else { panic!("it is promised") };
         assert_eq!((promised.give_up(), promised.promise()), (Verdict::Keep, Verdict::Keep));
         let running = reported(&session(), InstanceState::Running).expect("kept");

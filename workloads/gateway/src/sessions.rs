@@ -72,6 +72,8 @@ const MAX_ROUND_TRIPS: usize = 100;
 const MAX_ROUND_TRIP: f64 = 60_000.0;
 /// Requests to agents and record changes that one report or tick may cause at a time.
 const CONCURRENT: usize = 64;
+/// How often a change begins again because somebody else was faster.
+const CHANGE_ATTEMPTS: u32 = 64;
 /// Reports of different agents that are taken at a time.
 const LANES: usize = 32;
 /// Reports that wait in each lane; then the bus has to wait.
@@ -305,9 +307,11 @@ impl Gateway {
             let name = format!("{}\n{text}", caller.account);
             format!("{REPEATS}{}", hex::encode(Sha256::digest(name)))
         });
-        if let Some(key) = &repeat_key
-            && let Some(known) = self.store.get_json::<Repeat>(key).await.map_err(store_error)?
-        {
+        let known = match &repeat_key {
+            Some(key) => self.store.get_json::<Repeat>(key).await.map_err(store_error)?,
+            None => None,
+        };
+        if let Some(known) = &known {
             if known.value.body != body {
                 return Err(ApiError::conflict(
                     "idempotency-key-reused",
@@ -381,8 +385,9 @@ impl Gateway {
         if let Some(key) = &repeat_key {
             let repeat = Repeat { session_id: id.clone(), body, expires_at: self.now() + DAY };
             ops.push(Op::put(key, encode(key, &repeat).map_err(store_error)?));
-            compares.push(match self.store.get(key).await.map_err(store_error)? {
-                Some(entry) => Compare::revision(key, entry.revision),
+            // What was read at first counts: the same request at another unit may have been acknowledged since.
+            compares.push(match &known {
+                Some(known) => Compare::revision(key, known.revision),
                 None => Compare::absent(key),
             });
         }
@@ -401,7 +406,9 @@ impl Gateway {
             if number > 0 {
                 let moved = self.leave(&session, |current| current.move_to(candidate)).await;
                 match moved.map_err(store_error)? {
-                    Some(current) if current.cluster_id == candidate.cluster_id && current.ending.is_none() => {
+                    Some(current)
+                        if current.cluster_id == candidate.cluster_id && current.ending.is_none() =>
+                    {
                         session = (*current).clone();
                     }
                     left => return self.taken_after_all(&id, left).await,
@@ -540,6 +547,9 @@ impl Gateway {
 
     /// Changes a record by compare-and-set. Returns it as it then is; `None` when there is none (any more).
     ///
+    /// `change` first gets the record as this unit knows it, which saves a reading, and is called again with what the
+    /// store has when that is newer, or when it would leave an old one as it is.
+    ///
     /// # Errors
     /// The store cannot be used.
     pub async fn change(
@@ -547,42 +557,54 @@ impl Gateway {
         id: &SessionId,
         mut change: impl FnMut(&Session) -> Verdict + Send,
     ) -> Result<Option<Arc<Session>>, StoreError> {
-        let mut before = None;
-        let record = self
-            .store
-            .update_json(&key(id), |current: Option<Session>| {
-                before.clone_from(&current);
-                let Some(current) = current else { return Change::Keep };
-                match change(&current) {
-                    Verdict::Keep => Change::Keep,
-                    Verdict::Put(next) => Change::Put(*next),
-                    Verdict::Remove => Change::Delete,
+        let key = key(id);
+        let mut known = self.index.record(id);
+        let mut attempt = 0;
+        let (before, after) = loop {
+            let read = known.is_none();
+            let (before, revision) = match known.take() {
+                Some(known) => known,
+                None => match self.store.get_json::<Session>(&key).await? {
+                    Some(record) => (Arc::new(record.value), record.revision),
+                    None => {
+                        self.index.remove(id);
+                        return Ok(None);
+                    }
+                },
+            };
+            let (ops, after) = match change(&before) {
+                Verdict::Keep if read => {
+                    return Ok(Some(self.index.put(Arc::unwrap_or_clone(before), revision)));
                 }
-            })
-            .await?;
-        let after = match record {
-            Some(record) => Some(self.index.put(record.value, record.revision)),
-            None => {
-                self.index.remove(id);
-                // What goes with a session, and is swept should this not be reached.
-                let mut ops = vec![Op::delete(shares::key(id))];
-                if let Some(Session { origin: Origin::Ams, instance_id: Some(instance_id), .. }) = &before {
-                    ops.push(Op::delete(format!("{INSTANCES}{instance_id}")));
+                Verdict::Keep => continue,
+                Verdict::Put(next) => (vec![Op::put(&key, encode(&key, &next)?)], Some(next)),
+                Verdict::Remove => {
+                    let mut ops = vec![Op::delete(&key), Op::delete(shares::key(id))];
+                    if let (Origin::Ams, Some(instance_id)) = (before.origin, &before.instance_id) {
+                        ops.push(Op::delete(format!("{INSTANCES}{instance_id}")));
+                    }
+                    (ops, None)
                 }
-                if before.is_some() {
-                    self.store.transact(vec![], ops).await?;
+            };
+            match self.store.transact(vec![Compare::revision(&key, revision)], ops).await {
+                Ok(committed) => {
+                    let after = after.map(|after| self.index.put(*after, committed.revision));
+                    if after.is_none() {
+                        self.index.remove(id);
+                    }
+                    break (before, after);
                 }
-                None
+                // Somebody else was faster: again with what they made of it.
+                Err(StoreError::Conflict) if attempt < CHANGE_ATTEMPTS => attempt += 1,
+                Err(error) => return Err(error),
             }
         };
-        let status = |session: Option<&Session>| session.map(|session| session.status);
-        let (was, is) = (status(before.as_ref()), status(after.as_deref()));
-        if was != is
-            && let Some(session) = &before
-        {
+        let (was, is) = (before.status, after.as_ref().map(|session| session.status));
+        if Some(was) != is {
+            let session = &before;
             let message = after.as_ref().map(|session| session.message.as_str()).unwrap_or_default();
             let age_ms = u64::try_from(self.now_ms() - session.created_ms).unwrap_or(0);
-            if was == Some(SessionStatus::Created) && is == Some(SessionStatus::Active) {
+            if was == SessionStatus::Created && is == Some(SessionStatus::Active) {
                 self.observer.funnel("active", age_ms);
             }
             tracing::info!(
@@ -971,8 +993,11 @@ impl Gateway {
     async fn look_for_absent(&self, report: SessionsReport) {
         let vanished = {
             let mut absence = self.reconciler.absence.lock().unwrap_or_else(PoisonError::into_inner);
-            absence
-                .take(Instant::now(), &report, || self.index.of_agent(&report.agent_id, &report.cluster_id))
+            absence.take(Instant::now(), &report, || {
+                let mut known = self.index.of_agent(&report.agent_id, &report.cluster_id);
+                known.retain(|id| self.index.get(id).is_some_and(|session| session.can_be_missed()));
+                known
+            })
         };
         for id in vanished {
             if let Err(error) = self.handle_from(&id, &report.cluster_id, &Input::Missing).await {

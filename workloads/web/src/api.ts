@@ -37,6 +37,36 @@ export interface StunServer {
   password?: string;
 }
 
+/** A region with at least one live agent. */
+export interface Region {
+  name: string;
+  /** Our additions. STUN URLs by which the way there may be measured. */
+  stun_servers?: string[];
+  location?: { latitude: number; longitude: number };
+}
+
+export type CheckStatus = "ok" | "skipped" | "warning" | "failed";
+
+/** One step of a diagnosis. */
+export interface Check {
+  /** Stable name, e.g. `agents`. */
+  step: string;
+  status: CheckStatus;
+  /** What was seen. */
+  text: string;
+  /** What to do about it; absent or empty when there is nothing to do. */
+  advice?: string;
+}
+
+/** What the gateway sees of the path that a stream takes. */
+export interface Diagnosis {
+  /** The gateway's clock, Unix milliseconds. */
+  time_ms: number;
+  checks: Check[];
+  /** ICE servers per region, with short-lived credentials to try them. */
+  stun_servers: Record<string, StunServer[]>;
+}
+
 /** What create and join answer: where to signal, and the ICE servers for it. */
 export interface Invitation {
   id: string;
@@ -54,6 +84,8 @@ export interface CreateOptions {
   idle_time_min?: number;
   ephemeral?: boolean;
   extra_data?: unknown;
+  /** Milliseconds to each region, by name, as measured to its STUN servers. */
+  round_trips?: Record<string, number>;
 }
 
 /** A request that failed. `status` is the HTTP status, 0 when no answer came. */
@@ -203,6 +235,24 @@ export class Api {
 
   applications(): Promise<Application[]> {
     return this.#list<Application>("/1.0/applications");
+  }
+
+  regions(): Promise<Region[]> {
+    return this.#list<Region>("/1.0/regions?recursion=true");
+  }
+
+  /** What the gateway sees of the path that a stream takes. */
+  async doctor(): Promise<Diagnosis> {
+    const metadata = await this.request("GET", "/1.0/doctor");
+    const { time_ms: time, checks, stun_servers: servers } = isObject(metadata) ? metadata : {};
+    if (typeof time !== "number" || !Array.isArray(checks)) {
+      throw new ApiError("the answer is not what a Fanlight gateway sends", 0);
+    }
+    return {
+      time_ms: time,
+      checks: checks as Check[],
+      stun_servers: isObject(servers) ? (servers as Diagnosis["stun_servers"]) : {},
+    };
   }
 
   sessions(): Promise<Session[]> {

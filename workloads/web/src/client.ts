@@ -1,6 +1,7 @@
 // The entrance to the library: applications, sessions, and streams of them.
 
 import { Api, type ApiOptions, type Application, type CreateOptions, type Screen, type Session } from "./api";
+import { RoundTrips, type RoundTripOptions } from "./regions";
 import { type Connector, Stream, type StreamOptions } from "./stream";
 
 export type LaunchOptions = StreamOptions & Omit<CreateOptions, "app">;
@@ -10,9 +11,11 @@ export const IDLE_MINUTES = 10;
 
 export class FanlightClient {
   readonly api: Api;
+  readonly #roundTrips: RoundTrips;
 
-  constructor(options: ApiOptions = {}) {
+  constructor(options: ApiOptions & { roundTrips?: RoundTripOptions } = {}) {
     this.api = new Api(options);
+    this.#roundTrips = new RoundTrips(this.api, options.roundTrips);
   }
 
   applications(): Promise<Application[]> {
@@ -23,9 +26,20 @@ export class FanlightClient {
     return this.api.sessions();
   }
 
-  /** A stream of a new session of `app`. Nothing happens before its `connect()`. */
+  /**
+   * Milliseconds to each region, where there are several; otherwise nothing is measured. Known for ten minutes, so that
+   * asking early makes a later launch quicker.
+   */
+  roundTrips(): Promise<Record<string, number> | undefined> {
+    return this.#roundTrips.get();
+  }
+
+  /**
+   * A stream of a new session of `app`. Nothing happens before its `connect()`. Without a `region` the gateway picks one,
+   * by the round trips from here where there are several.
+   */
   launch(app: string, options: LaunchOptions): Stream {
-    const { app_version, region, screen, ephemeral, extra_data } = options;
+    const { app_version, region, screen, ephemeral, extra_data, round_trips } = options;
     const request: CreateOptions = {
       app,
       joinable: options.joinable ?? true,
@@ -36,7 +50,11 @@ export class FanlightClient {
       ...(ephemeral === undefined ? {} : { ephemeral }),
       ...(extra_data === undefined ? {} : { extra_data }),
     };
-    return new Stream(this.#connector(() => this.api.create(request)), options);
+    const open = async () => {
+      const measured = round_trips ?? (region === undefined ? await this.roundTrips() : undefined);
+      return this.api.create(measured === undefined ? request : { ...request, round_trips: measured });
+    };
+    return new Stream(this.#connector(open), options);
   }
 
   /** A stream of a session that runs. `screen` changes its display. */

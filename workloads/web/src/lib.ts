@@ -5,14 +5,20 @@ export {
   ApiError,
   type ApiOptions,
   type Application,
+  type Check,
+  type CheckStatus,
   type CreateOptions,
+  type Diagnosis,
   type Invitation,
+  type Region,
   type Screen,
   type Session,
   type SessionStatus,
   type StunServer,
 } from "./api";
+export { checkConnection, type CheckOptions } from "./check";
 export { FanlightClient, type LaunchOptions } from "./client";
+export type { RoundTripOptions } from "./regions";
 export {
   Stream,
   type Connector,

@@ -487,7 +487,179 @@ fn unix_ms() -> i64 {
 
 #[cfg(test)]
 mod tests {
+    use std::net::SocketAddr;
+
+    use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, date_time_ymd};
+    use rustls::{ServerConfig, pki_types::PrivateKeyDer};
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+    use tokio_rustls::TlsAcceptor;
+
     use super::*;
+
+    /// An authority, and a gateway made of cardboard with a certificate of it: healthy, with a clock of the year 1994,
+    /// and refusing every token.
+    struct Cardboard {
+        folder: tempfile::TempDir,
+        address: SocketAddr,
+        requests: Arc<Mutex<Vec<String>>>,
+        server: tokio::task::JoinHandle<()>,
+    }
+
+    impl Cardboard {
+        async fn start(change: impl FnOnce(&mut CertificateParams)) -> Self {
+            let key = || KeyPair::generate().expect("a key");
+            let mut authority = CertificateParams::new(vec![]).expect("parameters");
+            authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            let authority = CertifiedIssuer::self_signed(authority, key()).expect("an authority");
+            let folder = tempfile::tempdir().expect("temporary folder");
+            std::fs::write(folder.path().join("ca.crt"), authority.pem()).expect("written");
+            let mut own = CertificateParams::new(vec!["127.0.0.1".into()]).expect("parameters");
+            change(&mut own);
+            let own_key = key();
+            let certificate = own.signed_by(&own_key, &authority).expect("a certificate");
+            let tls = ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+                .with_safe_default_protocol_versions()
+                .expect("usable")
+                .with_no_client_auth()
+                .with_single_cert(
+                    vec![certificate.der().clone()],
+                    PrivateKeyDer::try_from(own_key.serialize_der()).expect("a key"),
+                )
+                .expect("they belong together");
+            let acceptor = TlsAcceptor::from(Arc::new(tls));
+            let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+            let address = listener.local_addr().expect("bound");
+            let requests = Arc::new(Mutex::new(Vec::new()));
+            let seen = requests.clone();
+            let server = tokio::spawn(async move {
+                loop {
+                    let (stream, _) = listener.accept().await.expect("a connection");
+                    // Clients that do not believe the certificate go away.
+                    let Ok(mut stream) = acceptor.accept(stream).await else { continue };
+                    let mut request = vec![0; 8192];
+                    let Ok(length @ 1..) = stream.read(&mut request).await else { continue };
+                    let request = String::from_utf8_lossy(&request[..length]).into_owned();
+                    let (status, body) = if request.starts_with("GET /1.0/status ") {
+                        (
+                            "200 OK",
+                            r#"{"type":"sync","status":"success","status_code":200,"metadata":{"status":"healthy"}}"#,
+                        )
+                    } else {
+                        (
+                            "401 Unauthorized",
+                            r#"{"type":"error","status":"failed","status_code":401,"error":"not this one"}"#,
+                        )
+                    };
+                    seen.lock().expect("not poisoned").push(request);
+                    let answer = format!(
+                        "HTTP/1.1 {status}\r\nDate: Sun, 06 Nov 1994 08:49:37 GMT\r\nConnection: close\r\n\
+                         Content-Length: {}\r\n\r\n{body}",
+                        body.len()
+                    );
+                    stream.write_all(answer.as_bytes()).await.expect("written");
+                    // The client may have gone already.
+                    let _ = stream.shutdown().await;
+                }
+            });
+            Self { folder, address, requests, server }
+        }
+
+        fn target(&self) -> Target {
+            Target {
+                url: format!("https://{}", self.address),
+                own_stack: false,
+                token: Ok(Secret::new("a-secret")),
+                ca: Some(self.folder.path().join("ca.crt")),
+                region: None,
+                application: None,
+            }
+        }
+
+        /// The certificate as it was seen, and whether the token was sent.
+        async fn seen(&self, target: &Target) -> (Certificate, bool, Facts) {
+            let facts = gather(target).await.expect("gathered");
+            let certificate = match &facts.tls {
+                Some(Ok(certificate)) => certificate.clone(),
+                other => panic!("no certificate: {other:?}"),
+            };
+            let requests = self.requests.lock().expect("not poisoned");
+            assert!(requests[0].starts_with("GET /1.0/status ") && !requests[0].contains("a-secret"));
+            let sent = requests.iter().any(|request| request.contains("a-secret"));
+            (certificate, sent, facts)
+        }
+    }
+
+    impl Drop for Cardboard {
+        fn drop(&mut self) {
+            self.server.abort();
+        }
+    }
+
+    #[tokio::test]
+    async fn the_token_goes_to_a_gateway_that_is_believed_and_what_it_says_is_put_down() {
+        let gateway = Cardboard::start(|_| {}).await;
+        let (certificate, sent, facts) = gateway.seen(&gateway.target()).await;
+        assert_eq!((certificate.problem, certificate.names), (None, vec!["127.0.0.1".to_owned()]));
+        assert!(sent);
+        assert!(matches!(&facts.status, Some(Exchange::Answer(health, _)) if health == "healthy"));
+        assert!(facts.clock_difference_ms.is_some_and(|difference| difference < -1_000_000_000));
+        assert!(
+            matches!(&facts.diagnosis, Some(Exchange::Refused { status: 401, text: Some(text) }) if text == "not this one"),
+            "{:?}",
+            facts.diagnosis
+        );
+        assert_eq!(facts.rights, None);
+    }
+
+    #[tokio::test]
+    async fn the_token_stays_here_when_the_certificate_is_not_believed() {
+        let other_name = Cardboard::start(|own| {
+            *own = CertificateParams::new(vec!["gateway.example".into()]).expect("parameters");
+        })
+        .await;
+        let (certificate, sent, _) = other_name.seen(&other_name.target()).await;
+        assert_eq!((certificate.problem, sent), (Some(Problem::Name), false));
+        assert_eq!(certificate.names, ["gateway.example"]);
+
+        let ended = Cardboard::start(|own| {
+            own.not_before = date_time_ymd(2001, 1, 1);
+            own.not_after = date_time_ymd(2002, 1, 1);
+        })
+        .await;
+        let (certificate, sent, _) = ended.seen(&ended.target()).await;
+        assert_eq!((certificate.problem, sent), (Some(Problem::Expired), false));
+        assert_eq!(certificate.not_after_s, 1_009_843_200);
+
+        let early = Cardboard::start(|own| own.not_before = date_time_ymd(3001, 1, 1)).await;
+        let (certificate, sent, _) = early.seen(&early.target()).await;
+        assert_eq!((certificate.problem, sent), (Some(Problem::NotYet), false));
+
+        let fine = Cardboard::start(|_| {}).await;
+        let target = Target { ca: other_name.target().ca, ..fine.target() };
+        let (certificate, sent, facts) = fine.seen(&target).await;
+        assert_eq!((certificate.problem, sent), (Some(Problem::Authority), false));
+        assert!(facts.diagnosis.is_none() && facts.status.is_some());
+    }
+
+    #[tokio::test]
+    async fn a_port_without_tls_and_a_port_without_anybody_are_told_apart() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+        let gateway = Cardboard::start(|_| {}).await;
+        let url = format!("https://{}", listener.local_addr().expect("bound"));
+        let target = Target { url, ..gateway.target() };
+        let mute = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.expect("a connection");
+            stream.write_all(b"SSH-2.0-nothing of ours\r\n").await.expect("written");
+        });
+        let facts = gather(&target).await.expect("gathered");
+        assert!(matches!(facts.tls, Some(Err(_))) && facts.status.is_none(), "{facts:?}");
+        mute.await.expect("ended");
+        let facts = gather(&target).await.expect("gathered");
+        assert!(matches!(facts.connection, Err(NoConnection::Refused(_))), "{facts:?}");
+    }
 
     #[test]
     fn dates_of_http_are_read_and_others_are_not() {

@@ -353,7 +353,11 @@ fn gateway(facts: &Facts, path: &mut Path) {
         Some(Exchange::Failed(reason)) => path.fatal(
             STEP,
             format!("the gateway does not answer: {reason}"),
-            "the gateway's log says more; if it does not show the request, something in between keeps it",
+            if facts.tls.is_none() {
+                "if it speaks HTTPS, as gateways do, name its https:// address"
+            } else {
+                "the gateway's log says more; if it does not show the request, something in between keeps it"
+            },
         ),
     }
 }
@@ -565,10 +569,10 @@ fn servers(facts: &Facts, path: &mut Path) {
         return;
     }
     if facts.servers.is_empty() {
-        let reason = if path.status_of("region") == Some(CheckStatus::Ok) {
-            "the gateway does not say which STUN and TURN servers there are"
-        } else {
-            "no region is known, so there is no server to try"
+        let reason = match path.status_of("region") {
+            Some(CheckStatus::Ok) => "the gateway does not say which STUN and TURN servers there are",
+            Some(CheckStatus::Failed) => "cannot be looked at because `region` failed",
+            _ => "no region is known, so there is no server to try",
         };
         path.skip("udp", reason);
         path.skip("relay", reason);
@@ -971,6 +975,11 @@ mod tests {
         ] {
             expect_end(&broken(|facts| facts.status = Some(status)), "gateway", text, advice);
         }
+        let plain = broken(|facts| {
+            facts.tls = None;
+            facts.status = Some(Exchange::Failed("odd".into()));
+        });
+        expect_end(&plain, "gateway", "odd", "https://");
         let ill = broken(|facts| facts.status = Some(Exchange::Answer("unhealthy".into(), QUICK)));
         expect(&ill, "gateway", Warning, "unhealthy", "below");
         assert_eq!(find(&ill, "relay").status, Good);
@@ -1034,6 +1043,11 @@ mod tests {
     fn regions_and_applications_that_are_not_there_are_named_with_those_that_are() {
         let elsewhere = broken(|facts| facts.wanted_region = Some("moon".into()));
         expect(&elsewhere, "region", Failed, "no region moon; there are here, there", "one of these");
+        let lost = broken(|facts| {
+            facts.wanted_region = Some("moon".into());
+            facts.servers.clear();
+        });
+        expect(&lost, "udp", Skipped, "`region`", "");
         let none = broken(|facts| facts.regions = Some(Exchange::Answer(vec![], QUICK)));
         expect(&none, "region", Failed, "no agent reports", "bus");
         let app = broken(|facts| facts.wanted_application = Some("chess".into()));

@@ -640,8 +640,12 @@ async fn join(
         screen.apply(narrow).map_err(|error| ApiError::bad_request("invalid-body", error.to_string()))?;
     }
     let mut refused = None;
+    // Called again when what was known is old: the last answer counts.
     let counted = |current: &Session| match current.join() {
-        Ok(next) => Verdict::Put(Box::new(next)),
+        Ok(next) => {
+            refused = None;
+            Verdict::Put(Box::new(next))
+        }
         Err(reason) => {
             refused = Some(reason);
             Verdict::Keep
@@ -704,7 +708,10 @@ async fn socket(
     let mut refused = None;
     let opened = gateway
         .change(&id, |current: &Session| match current.open(grant.generation) {
-            Ok(next) => Verdict::Put(Box::new(next)),
+            Ok(next) => {
+                refused = None;
+                Verdict::Put(Box::new(next))
+            }
             Err(reason) => {
                 refused = Some((reason, current.message.clone()));
                 Verdict::Keep

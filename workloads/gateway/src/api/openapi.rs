@@ -271,7 +271,7 @@ fn operations(schemas: &mut Schemas) -> Vec<Operation> {
         },
         Operation {
             query: &["sync"],
-            ok: vec![(200, Payload::Nothing), (202, Payload::Nothing)],
+            ok: vec![(200, Payload::Nothing)],
             errors: &[400, 403, 404],
             ..operation(
                 "delete",

@@ -277,6 +277,13 @@ async fn a_repeated_create_with_a_key_is_the_same_session() {
     let first = create("k1", "terminal").await.expect(201)["metadata"]["id"].clone();
     assert_eq!(create("k1", "terminal").await.expect(201)["metadata"]["id"], first);
     assert_ne!(create("k2", "terminal").await.expect(201)["metadata"]["id"], first);
+    // Also after a client has used the socket of the first answer.
+    let url = |created: &Value| created["metadata"]["url"].as_str().expect("a url").to_owned();
+    let used = create("k1", "terminal").await.expect(201);
+    drop(crate::relay::open(&rig, &url(&used), None).await.expect("opens"));
+    let again = create("k1", "terminal").await.expect(201);
+    assert_eq!(again["metadata"]["id"], first);
+    drop(crate::relay::open(&rig, &url(&again), None).await.expect("opens as well"));
     create("k1", "paint").await.refused(409, "Idempotency-Key");
     create("", "paint").await.refused(400, "Idempotency-Key");
 }

@@ -2,6 +2,7 @@
 
 import { ApiError, type Application, type Session } from "../api";
 import type { FanlightClient } from "../client";
+import { openCheck } from "./check";
 import { DISPLAYS, preferredDisplay, rememberDisplay } from "./displays";
 import { type View, button, h } from "./dom";
 import { routes } from "./routes";
@@ -45,7 +46,12 @@ export function gallery(client: FanlightClient, onUnauthorized: () => void): Vie
       "header",
       { class: "masthead" },
       h("div", { class: "brand" }, h("img", { src: `${import.meta.env.BASE_URL}favicon.svg`, alt: "", width: 36, height: 36 }), h("h1", {}, "Fanlight")),
-      h("label", { class: "field" }, h("span", {}, "Display"), display),
+      h(
+        "div",
+        { class: "masthead-tools" },
+        button("Connection check", "button quiet", () => openCheck(client), "Look at each step on the way of a stream"),
+        h("label", { class: "field" }, h("span", {}, "Display"), display),
+      ),
     ),
     h(
       "main",
@@ -136,6 +142,8 @@ export function gallery(client: FanlightClient, onUnauthorized: () => void): Vie
   };
 
   void refresh();
+  // Where there are several regions, a launch is quicker when the way to them is known by then.
+  void client.roundTrips();
   return {
     element,
     title: "Fanlight",

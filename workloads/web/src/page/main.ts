@@ -3,6 +3,7 @@
 import { ApiError } from "../api";
 import { FanlightClient } from "../client";
 import type { Stream } from "../stream";
+import { openCheck } from "./check";
 import { preferredDisplay, screenFor } from "./displays";
 import { type View, h } from "./dom";
 import { gallery, titleOf } from "./gallery";
@@ -78,6 +79,7 @@ function showRoute(route: Route): void {
       },
       onStream: (stream) => (live.stream = stream),
       onUnauthorized: expired,
+      onCheck: () => openCheck(client),
     }),
   );
 }

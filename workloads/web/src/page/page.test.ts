@@ -1,4 +1,6 @@
 import { describe, expect, test } from "vitest";
+import type { CheckStatus } from "../api";
+import { summary } from "./check";
 import { screenFor } from "./displays";
 import { titleOf } from "./gallery";
 import { guessLayout } from "./layouts";
@@ -65,6 +67,14 @@ describe("words", () => {
     expect(sentence(" no route ")).toBe("No route.");
     expect(sentence("Why?")).toBe("Why?");
     expect(sentence("")).toBe("");
+  });
+  test.each<[CheckStatus[], string]>([
+    [["ok", "skipped"], "Nothing is wrong"],
+    [["ok", "warning"], "one thing is not"],
+    [["warning", "warning"], "2 things are not"],
+    [["warning", "failed", "failed"], "past the step “1”"],
+  ])("the checks %j come to a sentence", (statuses, words) => {
+    expect(summary(statuses.map((status, i) => ({ step: String(i), status, text: "" })))).toContain(words);
   });
   test("the panel shows what is known and a dash for the rest", () => {
     expect(rate(4_250)).toBe("4.3 Mbit/s");

@@ -32,6 +32,8 @@ export interface PlayerOptions {
   /** A stream begins; for the tests' window. */
   onStream: (stream: Stream) => void;
   onUnauthorized: () => void;
+  /** Opens the connection check. */
+  onCheck: () => void;
 }
 
 export function player(options: PlayerOptions): View {
@@ -161,6 +163,7 @@ export function player(options: PlayerOptions): View {
           { class: "actions" },
           // What never started does not start by asking again; where the instance runs, a new one would be a waste.
           button("Try again", "button primary", () => again(UNBORN.includes(error.step) ? undefined : id)),
+          button("Connection check", "button", options.onCheck, "Look at each step on the way of a stream"),
           h("a", { class: "button", href: routes.gallery }, "Back to the gallery"),
         ),
       ),
