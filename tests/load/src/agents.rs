@@ -32,10 +32,12 @@ pub const APPLICATION: &str = "terminal";
 const REPORT_EVERY: Duration = Duration::from_secs(2);
 const REPORT_SESSIONS_EVERY: Duration = Duration::from_secs(5);
 const REPORT_PAUSE: Duration = Duration::from_millis(10);
-const SESSIONS_PER_REPORT: usize = 1000;
+const SESSIONS_PER_REPORT: usize = 200;
 const LAUNCH: Duration = Duration::from_millis(100);
 const START: Duration = Duration::from_millis(200);
 const STOP: Duration = Duration::from_millis(50);
+/// How long a session is known that is gone.
+const GONE: Duration = Duration::from_secs(1);
 /// How often links are looked at for packets to be sent again.
 const RETRY: Duration = Duration::from_millis(100);
 
@@ -201,8 +203,8 @@ impl Agent {
         tokio::time::sleep(STOP).await;
         self.instances.stop(&id);
         if self.advance(&id, InstanceState::Ending, InstanceState::Gone) {
-            // Long enough to be part of one report of everything, should the first be lost.
-            tokio::time::sleep(REPORT_SESSIONS_EVERY).await;
+            // Told by the next report of changes; a gateway that did not hear it asks again for the end.
+            tokio::time::sleep(GONE).await;
             self.table().sessions.remove(&id);
         }
     }

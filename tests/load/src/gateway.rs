@@ -76,14 +76,21 @@ async fn measure(world: &mut World, figures: &mut Figures, sessions: usize) -> R
 
     say("relaying");
     world.round_trips(FRAMES, 1000).await?;
-    let (mut relayed, mut direct) = (Vec::new(), Vec::new());
+    let (mut relayed, mut direct) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
     for _ in 0..3 {
-        direct.push(percentile(&world.direct_round_trips(FRAMES, 4000).await?, 99.0));
-        relayed.push(percentile(&world.round_trips(FRAMES, 4000).await?, 99.0));
+        let alone = world.direct_round_trips(FRAMES, 4000).await?;
+        let through = world.round_trips(FRAMES, 4000).await?;
+        for (number, percent) in [50.0, 99.0].into_iter().enumerate() {
+            direct[number].push(percentile(&alone, percent));
+            relayed[number].push(percentile(&through, percent));
+        }
     }
-    figures.print("relay_round_p99_ms", median(&relayed), "ms", Bound::None)?;
-    figures.print("direct_round_p99_ms", median(&direct), "ms", Bound::None)?;
-    figures.print("relay_p99_ms", median(&relayed) - median(&direct), "ms", Bound::AtMost(2.0))?;
+    for (number, name) in ["p50", "p99"].into_iter().enumerate() {
+        figures.print(&format!("relay_round_{name}_ms"), median(&relayed[number]), "ms", Bound::None)?;
+        figures.print(&format!("direct_round_{name}_ms"), median(&direct[number]), "ms", Bound::None)?;
+    }
+    // Of the whole way there and back, so for two frames.
+    figures.print("relay_p99_ms", median(&relayed[1]) - median(&direct[1]), "ms", Bound::AtMost(2.0))?;
     let joined = world.count_joined(FRAMES).await?;
     figures.print("joined_sessions", joined as f64, "1", Bound::AtLeast(10_000.0))?;
 

@@ -9,6 +9,7 @@ mod figures;
 mod gateway;
 mod machine;
 mod pace;
+mod placement;
 mod quick;
 mod servers;
 mod sockets;
@@ -47,6 +48,7 @@ struct Arguments {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Bench {
     Gateway,
+    Placement,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -95,6 +97,11 @@ async fn run(arguments: Arguments) -> Result<ExitCode> {
             "bench: the machine is busy (load {load:.1} per processor); times will be worse than they could be"
         );
     }
+    if arguments.bench == Some(Bench::Placement) {
+        let mut figures = Figures::new("placement", arguments.seed);
+        placement::run(&mut figures, arguments.seed)?;
+        return Ok(end(&figures));
+    }
     let mut figures = Figures::new("gateway", arguments.seed);
     figures.with("nats", machine::says("nats-server", &["--version"]));
     figures.with("etcd", machine::says("etcd", &["--version"]));
@@ -102,9 +109,13 @@ async fn run(arguments: Arguments) -> Result<ExitCode> {
         figures.set_suffix(if store == Store::Etcd { "_etcd" } else { "" });
         gateway::run(&mut figures, store, arguments.sessions, arguments.seed).await?;
     }
+    Ok(end(&figures))
+}
+
+fn end(figures: &Figures) -> ExitCode {
     if figures.missed().is_empty() {
-        return Ok(ExitCode::SUCCESS);
+        return ExitCode::SUCCESS;
     }
     eprintln!("bench: bounds missed: {}", figures.missed().join(", "));
-    Ok(ExitCode::from(3))
+    ExitCode::from(3)
 }

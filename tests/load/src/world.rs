@@ -388,6 +388,7 @@ impl World {
                         session_id: session_id.clone(),
                         generation: 1,
                         from: Side::Client,
+                        instance_id: None,
                         kind: PacketKind::Data { seq: 1, frame: Frame::Text { text: probe(1, 1, 1_000_000_000) } },
                     };
                     near.publish_json(&format!("load.up.{number}"), &packet);

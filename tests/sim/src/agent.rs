@@ -94,10 +94,10 @@ pub enum AgentTimer {
 
 impl Agent {
     /// One that just started.
-    pub fn new() -> Self {
+    pub fn new(cluster_id: String) -> Self {
         Self {
             sessions: Sessions::default(),
-            inventory: Inventory::default(),
+            inventory: Inventory { cluster_id, ..Inventory::default() },
             streamers: BTreeMap::new(),
             launches: BTreeMap::new(),
             calls: BTreeMap::new(),
@@ -122,7 +122,9 @@ impl Agent {
 impl World {
     /// An agent begins.
     pub fn agent_start(&mut self, cluster: usize) {
-        self.agents[cluster] = Agent::new();
+        // Where it is not configured, nothing is reported before AMS has named it.
+        let cluster_id = if self.named { check::cluster_id(cluster) } else { String::new() };
+        self.agents[cluster] = Agent::new(cluster_id);
         let pid = Pid::Agent(cluster);
         for (delay, timer) in [
             (1000, AgentTimer::Tick),
@@ -232,7 +234,6 @@ impl World {
                 agent.inventory.applications.clone_from(&listing.applications);
                 agent.inventory.capacity = capacity(&listing.nodes, &listing.instances, &[]);
                 agent.inventory.listed = Some(begun);
-                // Nothing is reported before AMS has named its cluster.
                 agent.inventory.cluster_id = check::cluster_id(cluster);
                 agent.retry_at = None;
                 agent.pause = FIRST_RETRY_MS;
@@ -277,12 +278,7 @@ impl World {
         self.timer_in(Pid::Agent(cluster), HTTP_MS, Timer::Agent(AgentTimer::Late(call)));
     }
 
-    fn launched(
-        &mut self,
-        cluster: usize,
-        session: &SessionId,
-        result: Result<InstanceId, LaunchFailure>,
-    ) {
+    fn launched(&mut self, cluster: usize, session: &SessionId, result: Result<InstanceId, LaunchFailure>) {
         let Some(task) = self.agents[cluster].launches.get(session) else { return };
         let attempt = task.launch.attempt;
         if result.is_err() {
@@ -403,12 +399,11 @@ impl World {
                         return refused("unknown-application");
                     }
                 }
-                let accepted = self.with_sessions(cluster, |sessions, now| {
-                    match sessions.accept(now, &launch) {
+                let accepted =
+                    self.with_sessions(cluster, |sessions, now| match sessions.accept(now, &launch) {
                         Ok(work) => (true, work),
                         Err(_) => (false, Vec::new()),
-                    }
-                });
+                    });
                 match accepted {
                     true => AgentResponse::Accepted { stun_servers: Vec::new() },
                     false => refused("session-ended"),
@@ -600,7 +595,10 @@ impl World {
             return;
         }
         match up {
-            StreamUp::Link(packet) => self.publish_down(cluster, packet),
+            StreamUp::Link(packet) => {
+                let instance_id = Some(connection.instance.clone());
+                self.publish_down(cluster, Packet { instance_id, ..packet });
+            }
             StreamUp::Status(status) => self.with_sessions(cluster, |sessions, _| {
                 sessions.streamer_status(&session, number, status);
                 ((), Vec::new())

@@ -1,10 +1,10 @@
 //! A simulated AMS: what `workloads/ams/src/instances.rs` does with what the cores decide, over a store of its own
 //! that survives it.
 
-use std::{cmp::Ordering, collections::BTreeMap};
+use std::{cmp::Ordering, collections::BTreeMap, time::Duration};
 
 use fanlight_ams::cores::{
-    life::{self, Action, Seen},
+    life::{self, Action, Seen, Watch},
     model::{InstanceRecord, LaunchRecord, Session, Target},
     placement::{self, Allocations, Offer, Strategy, Wish},
 };
@@ -23,9 +23,9 @@ use crate::{
     world::{Message, Pid, Timer, World},
 };
 
-const START_S: i64 = 60;
-const STOP_S: i64 = 10;
-const END_SESSION_S: i64 = 600;
+const START: Duration = Duration::from_secs(60);
+const STOP: Duration = Duration::from_secs(10);
+const END_SESSION: Duration = Duration::from_secs(600);
 const TICK_MS: u64 = 30_000;
 const ROUND_MS: u64 = 60_000;
 /// How long a connection to the agent may be silent before a request over it has failed.
@@ -68,14 +68,14 @@ pub struct Ams {
     revision: u64,
     tasks: BTreeMap<InstanceId, Task>,
     calls: BTreeMap<u64, InstanceId>,
-    /// In memory: since when it runs.
-    since_s: i64,
 }
 
 /// What follows one instance.
 #[derive(Default)]
 struct Task {
     last: Option<(Action, Seen, u64)>,
+    watch: Watch,
+    watched: Duration,
     pause: u64,
     /// Which planned look counts.
     token: u64,
@@ -99,7 +99,7 @@ pub enum AmsTimer {
 enum Step {
     Gone,
     Again,
-    Wait(Option<i64>),
+    Wait(Option<Duration>),
     Retry,
     /// Goes on when the agent has answered.
     Asked,
@@ -126,7 +126,6 @@ impl Ams {
             revision: 0,
             tasks: BTreeMap::new(),
             calls: BTreeMap::new(),
-            since_s: 0,
         }
     }
 
@@ -142,7 +141,6 @@ impl World {
     pub fn ams_start(&mut self, cluster: usize) {
         let pid = Pid::Ams(cluster);
         self.ams[cluster].forget();
-        self.ams[cluster].since_s = self.wall(pid);
         let delay = self.rng.between(5, 200);
         self.timer_in(pid, delay, Timer::Ams(AmsTimer::Adopt));
         self.timer_in(pid, ROUND_MS, Timer::Ams(AmsTimer::Round));
@@ -461,7 +459,6 @@ impl World {
     }
 
     fn stepped(&mut self, cluster: usize, id: &InstanceId, step: Step) {
-        let now = self.wall(Pid::Ams(cluster));
         let Some(task) = self.ams[cluster].tasks.get_mut(id) else { return };
         let delay = match step {
             Step::Gone => {
@@ -476,8 +473,8 @@ impl World {
                 task.pause = 50;
                 1
             }
-            Step::Wait(wake_at) => {
-                let until = wake_at.map(|at| u64::try_from(at - now).unwrap_or(0).saturating_mul(1000));
+            Step::Wait(wake_in) => {
+                let until = wake_in.map(|wait| wait.as_millis() as u64);
                 until.unwrap_or(TICK_MS).clamp(200, TICK_MS)
             }
             Step::Retry => {
@@ -496,7 +493,12 @@ impl World {
         };
         let seen = self.engines[cluster].seen(id);
         let now = self.wall(pid);
-        let decision = life::decide(&record, &seen, now, self.limits(cluster));
+        let instant = self.instant();
+        let task = self.ams[cluster].tasks.get_mut(id)?;
+        let watched = task.watch.see(instant, &record);
+        task.watched = watched;
+        let limits = life::Limits { start: START, stop: STOP };
+        let decision = life::decide(&record, &seen, now, watched, limits);
         let early = self.has(Planted::StartedBeforeWritten);
         if early && let Some(Action::Start { run }) = decision.action {
             self.engine_start(cluster, id, run, record.session.streaming());
@@ -518,21 +520,17 @@ impl World {
             if let Some(task) = self.ams[cluster].tasks.get_mut(id) {
                 task.last = None;
             }
-            return Some(Step::Wait(decision.wake_at));
+            return Some(Step::Wait(decision.wake_in));
         };
         let this = (action.clone(), seen, revision);
         let task = self.ams[cluster].tasks.get_mut(id)?;
         let repeated = task.last.as_ref() == Some(&this);
         if repeated && action == Action::Stop {
-            return Some(Step::Wait(decision.wake_at));
+            return Some(Step::Wait(decision.wake_in));
         }
         task.last = Some(this);
         let step = self.act(cluster, &record, action)?;
         Some(if repeated && matches!(step, Step::Again) { Step::Retry } else { step })
-    }
-
-    fn limits(&self, _cluster: usize) -> life::Limits {
-        life::Limits { start_s: START_S, stop_s: STOP_S }
     }
 
     fn act(&mut self, cluster: usize, record: &InstanceRecord, action: Action) -> Option<Step> {
@@ -568,7 +566,7 @@ impl World {
                     && self.engine_start(cluster, id, run, record.session.streaming()))
             }
             Action::Stop => {
-                self.engine_stop(cluster, id, STOP_S as u64 * 1000);
+                self.engine_stop(cluster, id, STOP.as_millis() as u64);
                 false
             }
             Action::Kill => {
@@ -596,10 +594,9 @@ impl World {
     }
 
     fn session_made(&mut self, cluster: usize, id: &InstanceId, made: Option<Result<SessionId, bool>>) {
-        let now = self.wall(Pid::Ams(cluster));
-        if let Some(task) = self.ams[cluster].tasks.get_mut(id) {
-            task.busy = false;
-        }
+        let Some(task) = self.ams[cluster].tasks.get_mut(id) else { return };
+        task.busy = false;
+        let watched = task.watched;
         let Some((record, _)) = self.ams[cluster].records.get(id).cloned() else {
             return self.stepped(cluster, id, Step::Again);
         };
@@ -610,7 +607,7 @@ impl World {
                 self.write(cluster, next);
                 Step::Again
             }
-            Some(Err(true)) | None if now < record.intent.since.saturating_add(START_S) => Step::Retry,
+            Some(Err(true)) | None if watched < START => Step::Retry,
             _ => {
                 self.fail(cluster, &record, "no session for the instance".into());
                 Step::Again
@@ -622,15 +619,14 @@ impl World {
     }
 
     fn session_ended(&mut self, cluster: usize, id: &InstanceId, ended: Option<Result<(), bool>>) {
-        let now = self.wall(Pid::Ams(cluster));
-        if let Some(task) = self.ams[cluster].tasks.get_mut(id) {
-            task.busy = false;
-        }
+        let Some(task) = self.ams[cluster].tasks.get_mut(id) else { return };
+        task.busy = false;
+        let watched = task.watched;
         let Some((mut record, _)) = self.ams[cluster].records.get(id).cloned() else {
             return self.stepped(cluster, id, Step::Again);
         };
         let transient = matches!(ended, None | Some(Err(true)));
-        let step = if transient && now < record.intent.since.saturating_add(END_SESSION_S) {
+        let step = if transient && watched < END_SESSION {
             Step::Retry
         } else {
             record.session = Session::Over;

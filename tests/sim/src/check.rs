@@ -31,6 +31,9 @@ use crate::{
 /// Least time an instance gets before its session is called failed, milliseconds.
 const CREATION_MS: u64 = 300_000;
 
+/// Time without faults after which nothing may be late any more.
+const CALM_MS: u64 = 120_000;
+
 /// Why an instance may end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Cause {
@@ -57,6 +60,10 @@ struct Facts {
     /// Its instance runs, or did.
     ran: bool,
     instances: BTreeSet<InstanceId>,
+    /// The cluster that its record named last.
+    home: String,
+    /// Since when it is active.
+    active_since: Option<u64>,
 }
 
 /// What is known from above.
@@ -66,6 +73,9 @@ pub struct Ledger {
     causes: BTreeMap<InstanceId, BTreeSet<Cause>>,
     owners: BTreeMap<InstanceId, SessionId>,
     repeats: BTreeMap<String, SessionId>,
+    keys: BTreeMap<String, SessionId>,
+    /// Since when nothing is broken.
+    calm_since: Option<u64>,
 }
 
 impl Ledger {
@@ -113,9 +123,13 @@ impl Ledger {
         self.causes.entry(instance.clone()).or_default().insert(cause);
     }
 
-    /// Whether somebody asked for the end of a session.
-    pub fn is_end_wished(&self, id: &SessionId) -> bool {
-        self.sessions.get(id).is_some_and(|facts| facts.end_wished)
+    /// Nothing is broken from now on.
+    pub fn calm(&mut self, now: u64) {
+        self.calm_since = Some(now);
+    }
+
+    fn is_calm_for(&self, now: u64, milliseconds: u64) -> bool {
+        self.calm_since.is_some_and(|since| now >= since + milliseconds)
     }
 }
 
@@ -127,6 +141,26 @@ impl World {
         facts.acknowledged = true;
         if !there && !facts.end_wished && !facts.over {
             self.violate(format!("session {id} is acknowledged and the store does not have it"));
+        }
+    }
+
+    /// A new session is made for a key: then there is none of an earlier request.
+    pub fn judge_key(&mut self, key: &str, id: &SessionId) {
+        if let Some(before) = self.ledger.keys.insert(key.to_owned(), id.clone())
+            && self.store.sessions.contains_key(&before)
+        {
+            self.violate(format!("{key} made {before} and, repeated, makes {id}"));
+        }
+    }
+
+    /// A client waited in vain: then its instance was not there for it.
+    pub fn judge_waited(&mut self, client: usize, id: &SessionId) {
+        let now = self.now;
+        let active = self.ledger.facts(id).active_since.is_some_and(|since| now >= since + 60_000);
+        if active && self.ledger.is_calm_for(now, 60_000) {
+            self.violate(format!(
+                "client {client} of {id} hangs: it waited in vain, and everything was there"
+            ));
         }
     }
 
@@ -150,6 +184,15 @@ impl World {
 
     /// A record was written: no session that somebody was promised may be lost.
     pub fn judge_record(&mut self, id: &SessionId, before: Option<&Session>, after: Option<&Session>) {
+        if let Some(after) = after {
+            let now = self.now;
+            let facts = self.ledger.facts(id);
+            facts.home.clone_from(&after.cluster_id);
+            match after.status {
+                SessionStatus::Active => facts.active_since = facts.active_since.or(Some(now)),
+                _ => facts.active_since = None,
+            }
+        }
         let Some(before) = before else { return };
         if let Some(after) = after
             && after.used_generation < before.used_generation
@@ -174,10 +217,16 @@ impl World {
         if !promised || facts.end_wished || facts.forgotten {
             return;
         }
-        let (over, begun) = (facts.over, facts.begun);
+        let (mut over, begun, of_ams) = (facts.over, facts.begun, facts.of_ams);
+        let instances = facts.instances.clone();
+        over |= instances.iter().any(|id| self.ledger.causes.contains_key(id));
         match after.map(|after| after.status) {
             None | Some(SessionStatus::Terminated) if !over => {
                 self.violate(format!("session {id} is lost: nobody ended it and its instance did not end"));
+            }
+            // Of AMS's own instances AMS may have given up before it heard of the session.
+            Some(SessionStatus::Error) if !over && !of_ams && self.ledger.is_calm_for(now, CALM_MS) => {
+                self.violate(format!("session {id} was not launched although nothing was broken for long"));
             }
             Some(SessionStatus::Error) if !over && now < begun + CREATION_MS => {
                 self.violate(format!(
@@ -192,16 +241,16 @@ impl World {
     /// Before the engine ends an instance: it must be somebody's wish.
     pub fn judge_end(&mut self, cluster: usize, instance: &InstanceId) {
         let Some(running) = self.engines[cluster].instances.get(instance) else { return };
-        let Some(streamer) = running.streamer.as_ref().filter(|_| matches!(running.phase, Phase::Starting | Phase::Ready)) else { return };
+        let Some(streamer) =
+            running.streamer.as_ref().filter(|_| matches!(running.phase, Phase::Starting | Phase::Ready))
+        else {
+            return;
+        };
         let session = streamer.session.clone();
         let watched = streamer.watcher.is_some();
         let caused = self.ledger.causes.get(instance).is_some_and(|causes| !causes.is_empty());
-        let elsewhere = self
-            .store
-            .sessions
-            .get(&session)
-            .is_some_and(|(record, _)| record.cluster_id != cluster_id(cluster));
         let facts = self.ledger.facts(&session);
+        let elsewhere = facts.home != cluster_id(cluster);
         // A create that nobody was told of may be undone.
         let undone = !facts.of_ams && (!facts.acknowledged || facts.forgotten);
         if facts.end_wished || caused || undone || elsewhere {
@@ -346,7 +395,9 @@ pub fn blank_record(id: InstanceId, now: i64, session: Streamed) -> InstanceReco
 
 /// The choice of agents, as a create asks for it.
 pub fn choose(agents: &Agents, now: Instant, rng: &mut Rng) -> Result<Vec<Candidate>, NoAgent> {
-    agents.choose(now, Wanted { app: "app", version: None, region: "", client: Whereabouts::Unknown }, || rng.float())
+    agents.choose(now, Wanted { app: "app", version: None, region: "", client: Whereabouts::Unknown }, || {
+        rng.float()
+    })
 }
 
 /// Whether a process is one that may be ended.

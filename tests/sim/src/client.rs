@@ -4,10 +4,10 @@
 use fanlight_api::SessionId;
 
 use crate::{
+    engine::StreamerTimer,
     gateway::Post,
     note,
     world::{Message, Pid, Timer, World},
-    engine::StreamerTimer,
 };
 
 /// How long a caller waits for an answer.
@@ -237,7 +237,9 @@ impl World {
                 }
             }
             Message::SocketDown(socket, text) => {
-                if self.clients[client].socket == Some(socket) && self.clients[client].stage == Stage::Signalling {
+                if self.clients[client].socket == Some(socket)
+                    && self.clients[client].stage == Stage::Signalling
+                {
                     self.client_frame(client, &text);
                 }
             }
@@ -350,7 +352,9 @@ impl World {
             }
             ClientTimer::GoOn(stage) => match (stage, self.clients[client].stage) {
                 (Stage::Owner, Stage::Owner) => self.client_opens(client),
-                (Stage::Joining, Stage::Joining) if self.clients[client].call == 0 => self.client_joins(client),
+                (Stage::Joining, Stage::Joining) if self.clients[client].call == 0 => {
+                    self.client_joins(client)
+                }
                 _ => {}
             },
             ClientTimer::Create => {
@@ -361,6 +365,9 @@ impl World {
             ClientTimer::GiveUp(generation) => {
                 let one = &self.clients[client];
                 if one.stage == Stage::Signalling && one.generation == generation {
+                    if let Some(session) = one.session.clone() {
+                        self.judge_waited(client, &session);
+                    }
                     self.client_away(client);
                 }
             }

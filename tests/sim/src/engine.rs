@@ -108,9 +108,10 @@ fn ended(reason: EndReason, message: &str) -> Ended {
 
 impl World {
     fn instance_of(&mut self, cluster: usize, number: u64) -> Option<InstanceId> {
-        let found = self.engines[cluster].instances.iter().find(|(_, running)| {
-            running.streamer.as_ref().is_some_and(|streamer| streamer.number == number)
-        });
+        let found = self.engines[cluster]
+            .instances
+            .iter()
+            .find(|(_, running)| running.streamer.as_ref().is_some_and(|streamer| streamer.number == number));
         found.map(|(id, _)| id.clone())
     }
 
@@ -366,9 +367,7 @@ impl World {
                 (Some((generation, _)), _) => {
                     Some(ClientStatus { generation, state: ClientState::Streaming })
                 }
-                (None, Some(generation)) => {
-                    Some(ClientStatus { generation, state: ClientState::Signalling })
-                }
+                (None, Some(generation)) => Some(ClientStatus { generation, state: ClientState::Signalling }),
                 (None, None) => None,
             },
             idle_since: streamer.idle_since.map(|_| wall),

@@ -10,14 +10,15 @@ use fanlight_api::{InstanceId, SessionId, ams::InstanceStatus, bus::InstanceStat
 use fanlight_gateway::cores::session::Origin;
 
 use crate::{
-    check, note,
+    check,
     client::Stage,
+    note,
     world::{Pid, Timer, Weather, World},
 };
 
 /// Fewest events before the rest, timers not counted.
 pub const LEAST_EVENTS: u64 = 500;
-const LEAST_MS: u64 = 60_000;
+const LEAST_MS: u64 = 90_000;
 const MOST_MS: u64 = 240_000;
 /// How long everything may take to agree once nothing is broken: a session that was never launched is given up
 /// after 300 s.
@@ -52,6 +53,8 @@ impl World {
     fn calm_down(&mut self) {
         note!(self, "--- nothing is broken from now on");
         self.calm = true;
+        let now = self.now;
+        self.ledger.calm(now);
         self.weather = Weather::FAIR;
         for (a, b) in self.cuts() {
             self.block(a, b, false);
@@ -59,19 +62,16 @@ impl World {
         for pid in self.everybody() {
             self.start(pid);
         }
-        for process in &mut self.processes {
-            process.frozen_until = 0;
-        }
     }
 
     /// Waits until nothing is wrong any more, and that for a while.
-    fn rest(&mut self, what: &str, most: u64, wrong: fn(&World) -> Vec<String>) {
+    fn rest(&mut self, what: &str, most: u64, wrong: fn(&mut World) -> Vec<String>) {
         let deadline = self.now + most;
         let mut good_since = None;
         while self.violation().is_none() {
             let until = self.now + 1000;
             self.run_until(until);
-            if (self.now / 1000) % 15 == 0 && what == "be gone" {
+            if (self.now / 1000).is_multiple_of(15) && what == "be gone" {
                 // Records of what has ended are kept for people to read; they remove them when they have.
                 self.sweep_records();
             }
@@ -152,7 +152,7 @@ impl World {
     // --- the rest --------------------------------------------------------------------------------------------
 
     /// Where the views of store, units, agents, AMS and engines differ.
-    fn disagreements(&self) -> Vec<String> {
+    fn disagreements(&mut self) -> Vec<String> {
         let mut wrong = Vec::new();
         let mut live: BTreeMap<&SessionId, Vec<(usize, &InstanceId)>> = BTreeMap::new();
         for (cluster, engine) in self.engines.iter().enumerate() {
@@ -186,8 +186,13 @@ impl World {
                     if record.status != SessionStatus::Active {
                         wrong.push(format!("{session} runs and is {:?}: {}", record.status, record.message));
                     }
-                    if record.cluster_id != check::cluster_id(*cluster) || record.instance_id.as_ref() != Some(*id) {
-                        wrong.push(format!("{session} runs as {id} and its record has {:?}", record.instance_id));
+                    if record.cluster_id != check::cluster_id(*cluster)
+                        || record.instance_id.as_ref() != Some(*id)
+                    {
+                        wrong.push(format!(
+                            "{session} runs as {id} and its record has {:?}",
+                            record.instance_id
+                        ));
                     }
                 }
                 (Some(_), several) => wrong.push(format!("{session} runs several times: {several:?}")),
@@ -240,11 +245,12 @@ impl World {
                 wrong.push(format!("client {number} of {:?} hangs: {:?}", client.session, client.stage));
             }
         }
-        wrong
+        // Asking an agent is a whole report of it, so it is asked only when everything else is settled.
+        if wrong.is_empty() { self.agents_disagree() } else { wrong }
     }
 
     /// What is left although everybody went.
-    fn leftovers(&self) -> Vec<String> {
+    fn leftovers(&mut self) -> Vec<String> {
         let mut wrong = Vec::new();
         for (cluster, engine) in self.engines.iter().enumerate() {
             wrong.extend(engine.instances.keys().map(|id| format!("the engine of {cluster} has {id}")));
@@ -262,13 +268,38 @@ impl World {
         wrong
     }
 
-    /// What the agents would say of all sessions, for the last check.
-    pub fn agents_say(&mut self) -> Vec<(SessionId, InstanceState)> {
-        let mut all = Vec::new();
-        for agent in &mut self.agents {
-            all.extend(agent.sessions.report_all().into_iter().map(|one| (one.session_id, one.state)));
+    /// Agents see each session of the store that runs, as it is, and no other.
+    fn agents_disagree(&mut self) -> Vec<String> {
+        let mut wrong = Vec::new();
+        for cluster in 0..self.agents.len() {
+            let mut running = BTreeMap::new();
+            for report in self.agents[cluster].sessions.report_all() {
+                if !matches!(
+                    report.state,
+                    InstanceState::Gone | InstanceState::Failed | InstanceState::Stopped
+                ) {
+                    running.insert(report.session_id, (report.state, report.instance_id));
+                }
+            }
+            let name = check::cluster_id(cluster);
+            let active: Vec<_> = self
+                .store
+                .sessions
+                .values()
+                .filter(|(session, _)| session.cluster_id == name && session.status == SessionStatus::Active)
+                .map(|(session, _)| (session.id.clone(), session.instance_id.clone()))
+                .collect();
+            for (id, instance) in active {
+                let seen = running.remove(&id);
+                if seen != Some((InstanceState::Running, instance)) {
+                    wrong.push(format!("{id} is active and agent {cluster} sees {seen:?}"));
+                }
+            }
+            if let Some((id, seen)) = running.first_key_value() {
+                wrong.push(format!("agent {cluster} sees {id} as {seen:?}, and it is not active"));
+            }
         }
-        all
+        wrong
     }
 
     // --- faults and people -----------------------------------------------------------------------------------
@@ -298,9 +329,17 @@ impl World {
     fn fault(&mut self) {
         let all = self.everybody();
         let Some(pid) = self.rng.pick(&all).copied() else { return };
-        match self.rng.below(12) {
+        match self.rng.below(13) {
             0 | 1 => self.crash(pid),
-            2 | 3 | 4 => {
+            12 => {
+                // The machine of a cluster's programs starts anew, and AMS takes its time.
+                let cluster = self.rng.below(self.ams.len() as u64) as usize;
+                self.crash(Pid::Agent(cluster));
+                self.crash(Pid::Ams(cluster));
+                let long = self.rng.between(1000, 25_000);
+                self.freeze_next(Pid::Ams(cluster), long);
+            }
+            2..=4 => {
                 let cuts = self.cuts();
                 if let Some((a, b)) = self.rng.pick(&cuts).copied() {
                     note!(self, "places {a} and {b} are cut off from each other");

@@ -1,11 +1,7 @@
 //! A simulated gateway unit: what `workloads/gateway/src/sessions.rs` and `relay.rs` do with the answers of the
 //! session core, the choice of agents and the reliable link.
 
-use std::{
-    collections::BTreeMap,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use fanlight_api::{
     AgentId, SessionId,
@@ -19,7 +15,7 @@ use fanlight_api::{
 use fanlight_gateway::cores::{
     absence::Absence,
     agents::{Agents, Candidate},
-    session::{Ending, Input, Origin, Session, Verdict, Want},
+    session::{Ending, Input, Origin, Session, Verdict, Waiting, Want},
 };
 
 use crate::{
@@ -63,7 +59,7 @@ pub struct Unit {
     lease: Option<u64>,
     sign: u64,
     owner: bool,
-    observing_since: i64,
+    waiting: Waiting,
     /// Questions of the reconciler that are not answered.
     open: u32,
     calls: BTreeMap<u64, Call>,
@@ -75,7 +71,7 @@ pub struct Unit {
 enum Call {
     Create(Box<Creating>),
     AcceptAgain(SessionId),
-    End { session: SessionId, why: EndWhy },
+    End { session: SessionId, cluster_id: String, why: EndWhy },
     Credentials { reply: Reply, tell: Tell },
 }
 
@@ -97,7 +93,6 @@ struct Creating {
     session: Session,
     candidates: Vec<Candidate>,
     number: usize,
-    unsure: bool,
 }
 
 /// A create that waits for the first reports.
@@ -184,7 +179,6 @@ impl World {
     pub fn gateway_start(&mut self, unit: usize) {
         self.units[unit] = Unit { started: self.now, watch_broken: true, ..Unit::default() };
         let pid = Pid::Gateway(unit);
-        self.units[unit].observing_since = self.wall(pid);
         self.store_watch_again(unit);
         self.timer_in(pid, RECONCILE_MS, Timer::Gateway(GatewayTimer::Reconcile));
         self.timer_in(pid, 1, Timer::Gateway(GatewayTimer::Own));
@@ -211,6 +205,7 @@ impl World {
                 self.units[unit].lease = Some(lease);
                 owned
             }
+            None if self.has(Planted::LeaseNotRearmed) => false,
             None => {
                 // Ended while we were cut off: begin again at once with a new one.
                 let lease = self.fresh();
@@ -330,7 +325,7 @@ impl World {
         if let Some(key) = &post.key {
             self.store_read(unit)?;
             if let Some((known, _)) = self.store.repeats.get(key).cloned()
-                && let Some((session, _)) = self.store.sessions.get(&known).cloned()
+                && let Some(session) = self.store_change(unit, &known, Session::promise)?
             {
                 let tell = Tell::Created { session: session.id.clone(), generation: session.generation };
                 self.credentials(unit, reply, &session, tell);
@@ -373,6 +368,9 @@ impl World {
             self.timer_in(pid, 30, Timer::Gateway(late));
             return Ok(());
         }
+        if let Some(key) = &post.key {
+            self.judge_key(key, &id);
+        }
         // One transaction; nothing comes between the two.
         if let Some(key) = &post.key
             && !self.has(Planted::RepeatForgotten)
@@ -381,29 +379,27 @@ impl World {
             self.store.repeats.insert(key.clone(), (id.clone(), 0));
         }
         self.store_session(unit, &id, Some(session.clone()))?;
-        let creating = Creating { reply, session, candidates, number: 0, unsure: false };
+        let creating = Creating { reply, session, candidates, number: 0 };
         self.try_candidate(unit, creating)
     }
 
     fn try_candidate(&mut self, unit: usize, mut creating: Creating) -> Step {
-        let id = creating.session.id.clone();
         let Some(candidate) = creating.candidates.get(creating.number).cloned() else {
-            self.forget(unit, &id, creating.unsure)?;
-            self.tell(unit, creating.reply, Tell::Refused);
+            let left = self.leave(unit, &creating.session, Session::give_up)?;
+            if left.as_ref().is_some_and(|left| left.status == SessionStatus::Active) {
+                self.taken_after_all(unit, creating.reply, left);
+            } else {
+                self.tell(unit, creating.reply, Tell::Refused);
+            }
             return Ok(());
         };
         if creating.number > 0 {
-            let change = |current: &Session| {
-                let mut next = current.clone();
-                next.region.clone_from(&candidate.region);
-                next.cluster_id.clone_from(&candidate.cluster_id);
-                next.agent_id.clone_from(&candidate.agent_id);
-                Verdict::Put(Box::new(next))
-            };
-            match self.store_change(unit, &id, change)? {
-                Some(current) if current.ending.is_none() => creating.session = (*current).clone(),
-                _ => {
-                    self.tell(unit, creating.reply, Tell::Gone);
+            match self.leave(unit, &creating.session, |current| current.move_to(&candidate))? {
+                Some(current) if current.cluster_id == candidate.cluster_id && current.ending.is_none() => {
+                    creating.session = (*current).clone();
+                }
+                left => {
+                    self.taken_after_all(unit, creating.reply, left);
                     return Ok(());
                 }
             }
@@ -415,26 +411,49 @@ impl World {
     }
 
     fn created(&mut self, unit: usize, mut creating: Creating, answer: Option<AgentResponse>) -> Step {
-        match answer {
-            Some(AgentResponse::Accepted { .. }) => {
-                let agent = creating.candidates[creating.number].agent_id.clone();
-                self.units[unit].agents.placed(&agent);
-                let tell = Tell::Created { session: creating.session.id.clone(), generation: 1 };
-                self.tell(unit, creating.reply, tell);
-                return Ok(());
-            }
-            Some(AgentResponse::Refused { .. }) => {}
-            _ => {
-                // The request may have arrived although the answer did not.
-                creating.unsure = true;
-                let agent = creating.candidates[creating.number].agent_id.clone();
-                if !self.has(Planted::SecondClusterLeft) {
-                    self.publish_end(unit, &agent, &creating.session.id, "the session went elsewhere");
-                }
-            }
+        if matches!(answer, Some(AgentResponse::Accepted { .. })) {
+            let agent = creating.candidates[creating.number].agent_id.clone();
+            self.units[unit].agents.placed(&agent);
+            let tell = Tell::Created { session: creating.session.id.clone(), generation: 1 };
+            self.tell(unit, creating.reply, tell);
+            return Ok(());
         }
         creating.number += 1;
         self.try_candidate(unit, creating)
+    }
+
+    /// Takes a session away from an agent that refused it or did not answer.
+    fn leave(
+        &mut self,
+        unit: usize,
+        session: &Session,
+        change: impl FnOnce(&Session) -> Verdict,
+    ) -> Result<Option<Arc<Session>>, StoreFailure> {
+        if !self.has(Planted::SecondClusterLeft) {
+            self.store_other(unit, |store| {
+                store.ended.insert(session.id.clone());
+            })?;
+        }
+        let after = self.store_change(unit, &session.id, change)?;
+        let left = after.as_ref().is_none_or(|after| after.cluster_id != session.cluster_id);
+        if left && !self.has(Planted::SecondClusterLeft) {
+            self.publish_end(unit, &session.agent_id, &session.id, "the session went elsewhere");
+        }
+        if after.is_none() {
+            self.units[unit].asked.remove(&session.id);
+        }
+        Ok(after)
+    }
+
+    /// What a create that found its session changed by others answers.
+    fn taken_after_all(&mut self, unit: usize, reply: Reply, session: Option<Arc<Session>>) {
+        match session {
+            Some(session) if session.is_live() => {
+                let tell = Tell::Created { session: session.id.clone(), generation: session.generation };
+                self.credentials(unit, reply, &session, tell);
+            }
+            _ => self.tell(unit, reply, Tell::Gone),
+        }
     }
 
     fn publish_end(&mut self, unit: usize, agent: &AgentId, id: &SessionId, message: &str) {
@@ -469,19 +488,18 @@ impl World {
             }
             Call::AcceptAgain(id) => {
                 if let Some(AgentResponse::Refused { message, .. }) = answer {
-                    let note = |current: &Session| {
-                        Verdict::Put(Box::new(Session { message, ..current.clone() }))
-                    };
+                    let note =
+                        |current: &Session| Verdict::Put(Box::new(Session { message, ..current.clone() }));
                     if self.store_change(unit, &id, note) == Err(StoreFailure::Died) {
                         return;
                     }
                 }
                 self.reconciled(unit);
             }
-            Call::End { session, why } => {
+            Call::End { session, cluster_id, why } => {
                 let silent = answer.is_none();
                 if let Some(AgentResponse::Ending { state: InstanceState::Gone }) = answer
-                    && self.handle(unit, &session, &Input::Gone) == Err(StoreFailure::Died)
+                    && self.handle_from(unit, &session, &cluster_id, &Input::Gone) == Err(StoreFailure::Died)
                 {
                     return;
                 }
@@ -495,7 +513,7 @@ impl World {
                     }
                     EndWhy::Forced(reply) => {
                         let tell = match silent {
-                            true => match self.forget(unit, &session, true) {
+                            true => match self.forget(unit, &session) {
                                 Ok(()) => Tell::Deleted,
                                 Err(StoreFailure::Unusable) => Tell::Failed,
                                 Err(StoreFailure::Died) => return,
@@ -521,12 +539,11 @@ impl World {
         self.ask_agent(unit, session, request, AGENT_MS, Call::Credentials { reply, tell });
     }
 
-    fn forget(&mut self, unit: usize, id: &SessionId, unsure: bool) -> Step {
-        self.store_read(unit)?;
-        if unsure {
-            self.store.ended.insert(id.clone());
-        }
+    fn forget(&mut self, unit: usize, id: &SessionId) -> Step {
         self.ledger.forgotten(id);
+        self.store_other(unit, |store| {
+            store.ended.insert(id.clone());
+        })?;
         if self.store.sessions.contains_key(id) {
             self.store_session(unit, id, None)?;
         }
@@ -540,8 +557,21 @@ impl World {
         id: &SessionId,
         input: &Input<'_>,
     ) -> Result<Option<Arc<Session>>, StoreFailure> {
-        let now = self.wall(Pid::Gateway(unit));
-        self.store_change(unit, id, |session| session.handle(now, input))
+        self.store_change(unit, id, |session| session.handle(input))
+    }
+
+    fn handle_from(
+        &mut self,
+        unit: usize,
+        id: &SessionId,
+        cluster_id: &str,
+        input: &Input<'_>,
+    ) -> Result<Option<Arc<Session>>, StoreFailure> {
+        let careless = self.has(Planted::MovedNotNoticed);
+        self.store_change(unit, id, |session| match careless {
+            true => session.handle(input),
+            false => session.handle_from(cluster_id, input),
+        })
     }
 
     // --- join, delete ----------------------------------------------------------------------------------------
@@ -570,11 +600,21 @@ impl World {
     fn delete(&mut self, unit: usize, reply: Reply, id: &SessionId, force: bool) {
         self.ledger.end_wished(id);
         let ending = Ending { message: "the session was ended by its owner".into(), force };
-        let found = self.store_read(unit).map(|()| self.store.sessions.contains_key(id));
-        match found {
-            Ok(true) => {}
-            Ok(false) => return self.tell(unit, reply, Tell::Gone),
+        let found = self.store_read(unit).map(|()| self.store.sessions.get(id).cloned());
+        let seen = match found {
+            Ok(Some((session, _))) => session.seen,
+            Ok(None) => return self.tell(unit, reply, Tell::Gone),
             Err(_) => return self.tell(unit, reply, Tell::Failed),
+        };
+        if !seen {
+            let remembered = self.store_other(unit, |store| {
+                store.ended.insert(id.clone());
+            });
+            match remembered {
+                Ok(()) => {}
+                Err(StoreFailure::Unusable) => return self.tell(unit, reply, Tell::Failed),
+                Err(StoreFailure::Died) => return,
+            }
         }
         match self.handle(unit, id, &Input::End(ending)) {
             Err(StoreFailure::Died) => {}
@@ -604,7 +644,7 @@ impl World {
         };
         let again = self.now + AGENT_MS + FIRST_PAUSE_MS;
         self.units[unit].asked.insert(session.id.clone(), (again, FIRST_PAUSE_MS));
-        let call = Call::End { session: session.id.clone(), why };
+        let call = Call::End { session: session.id.clone(), cluster_id: session.cluster_id.clone(), why };
         self.ask_agent(unit, session, request, AGENT_MS, call);
     }
 
@@ -615,10 +655,8 @@ impl World {
         self.store_watch_again(unit);
         if !self.has_bus(pid) || !self.units[unit].owner {
             // While we see nothing, or another unit is responsible, nothing is anybody's fault.
-            self.units[unit].observing_since = self.wall(pid);
-            if !self.has(Planted::GraceNotRearmed) {
-                self.units[unit].absence.reset();
-            }
+            self.units[unit].waiting.reset();
+            self.units[unit].absence.reset();
             self.timer_in(pid, RECONCILE_MS, Timer::Gateway(GatewayTimer::Reconcile));
             return;
         }
@@ -633,11 +671,13 @@ impl World {
         let now = self.now;
         let asked = &mut self.units[unit].asked;
         asked.retain(|id, (at, _)| *at > now || pending.iter().any(|session| session.id == *id));
+        let instant = self.instant();
+        self.units[unit].waiting.see(instant, pending.iter().map(|session| &session.id));
         // One for this round itself, so that an answer cannot end it early.
         self.units[unit].open = 1;
         for session in pending {
-            let tick = Input::Tick { observing_since: self.units[unit].observing_since };
-            if session.handle(self.wall(pid), &tick) != Verdict::Keep
+            let tick = Input::Tick { waited: self.units[unit].waiting.waited(instant, &session.id) };
+            if session.handle(&tick) != Verdict::Keep
                 && self.handle(unit, &session.id, &tick) == Err(StoreFailure::Died)
             {
                 return;
@@ -681,32 +721,26 @@ impl World {
     // --- reports -------------------------------------------------------------------------------------------
 
     fn look_for_absent(&mut self, unit: usize, report: &SessionsReport) {
-        let careless = self.has(Planted::GraceNotRearmed);
         let now = self.instant();
         let Unit { absence, index, owner, .. } = &mut self.units[unit];
         if !*owner {
-            if !careless {
-                absence.reset();
-            }
+            absence.reset();
             return;
         }
         let known = || -> Vec<SessionId> {
             index
                 .values()
                 .filter(|(session, _)| {
-                    session.agent_id == report.agent_id && session.cluster_id == report.cluster_id
+                    session.agent_id == report.agent_id
+                        && session.cluster_id == report.cluster_id
+                        && session.can_be_missed()
                 })
                 .map(|(session, _)| session.id.clone())
                 .collect()
         };
-        let lacks = |id: &SessionId| report.sessions.iter().all(|session| session.session_id != *id);
-        // Planted: what lacks nothing is not worth a look.
-        if careless && !known().iter().any(lacks) {
-            return;
-        }
         for id in absence.take(now, report, known) {
             note!(self, "unit {unit}: {id} has vanished");
-            if self.handle(unit, &id, &Input::Missing) == Err(StoreFailure::Died) {
+            if self.handle_from(unit, &id, &report.cluster_id, &Input::Missing) == Err(StoreFailure::Died) {
                 return;
             }
         }
@@ -714,18 +748,34 @@ impl World {
 
     fn take_session(&mut self, unit: usize, from: &SessionsReport, report: &SessionReport) -> Step {
         let id = &report.session_id;
-        let lives = matches!(
-            report.state,
-            InstanceState::Launching | InstanceState::Starting | InstanceState::Running
-        );
-        let Some((session, _)) = self.units[unit].index.get(id).cloned() else {
-            if lives && self.has_store(unit) && self.store.ended.contains(id) {
+        let remains = !matches!(report.state, InstanceState::Ending | InstanceState::Gone);
+        let mut session = self.units[unit].index.get(id).map(|(session, _)| session.clone());
+        if remains
+            && session.as_ref().is_none_or(|session| session.cluster_id != from.cluster_id)
+            && !self.has(Planted::IndexBelieved)
+        {
+            if self.store_read(unit).is_err() {
+                return Ok(());
+            }
+            match self.store.sessions.get(id).cloned() {
+                Some((found, revision)) => {
+                    self.units[unit].index_put(found.clone(), revision);
+                    session = Some(found);
+                }
+                None => {
+                    self.units[unit].index_remove(id);
+                    session = None;
+                }
+            }
+        }
+        let Some(session) = session else {
+            if remains && self.has_store(unit) && self.store.ended.contains(id) {
                 self.publish_end(unit, &from.agent_id, id, "the session has ended");
             }
             return Ok(());
         };
         if session.cluster_id != from.cluster_id {
-            if lives && !self.has(Planted::SecondClusterLeft) {
+            if remains && !self.has(Planted::SecondClusterLeft) {
                 note!(self, "unit {unit}: {id} runs in a second cluster");
                 self.publish_end(unit, &from.agent_id, id, "the session runs elsewhere");
             }
@@ -735,10 +785,10 @@ impl World {
         let keeps = self.units[unit].agents.is_alive(now, &session.agent_id);
         let agent_id = if keeps { &session.agent_id } else { &from.agent_id };
         let input = Input::Report { agent_id, report };
-        if session.handle(self.wall(Pid::Gateway(unit)), &input) == Verdict::Keep {
+        if session.handle(&input) == Verdict::Keep {
             return Ok(());
         }
-        match self.handle(unit, id, &input) {
+        match self.handle_from(unit, id, &from.cluster_id, &input) {
             Err(StoreFailure::Died) => Err(StoreFailure::Died),
             _ => Ok(()),
         }
@@ -811,11 +861,19 @@ impl World {
         let mut link = Link::new(id.clone(), generation, Side::Client);
         link.send(Frame::Open { screen: None, stun_servers: Vec::new() }).expect("the first frame fits");
         let key = (id.clone(), generation);
-        self.units[unit].relays.insert(key.clone(), Relay { socket, link, heard: false, lingering: false, timer_at: None });
+        self.units[unit]
+            .relays
+            .insert(key.clone(), Relay { socket, link, heard: false, lingering: false, timer_at: None });
         let give_up = GatewayTimer::GiveUp(key.0.clone(), generation, socket);
         self.timer_in(Pid::Gateway(unit), INSTANCE_MS, Timer::Gateway(give_up));
+        self.relays_follow(unit, id);
         // The upgrade is answered on the socket itself.
-        self.deliver(2, Pid::Gateway(unit), Pid::Client(reply.client), Message::Tell(reply.call, Box::new(tell)));
+        self.deliver(
+            2,
+            Pid::Gateway(unit),
+            Pid::Client(reply.client),
+            Message::Tell(reply.call, Box::new(tell)),
+        );
         self.relay_pump(unit, &key);
     }
 
@@ -826,7 +884,9 @@ impl World {
 
     fn socket_text(&mut self, unit: usize, socket: u64, text: String) {
         let Some(key) = self.relay_key(unit, socket) else { return };
-        let Some(relay) = self.units[unit].relays.get_mut(&key).filter(|relay| !relay.lingering) else { return };
+        let Some(relay) = self.units[unit].relays.get_mut(&key).filter(|relay| !relay.lingering) else {
+            return;
+        };
         if relay.link.send(Frame::Text { text }).is_err() {
             return self.relay_end(unit, &key, Some("too much"));
         }
@@ -843,21 +903,23 @@ impl World {
 
     fn relay_packet(&mut self, unit: usize, packet: Packet) {
         let reuse = self.has(Planted::LinkNumberReused);
-        let keys: Vec<(SessionId, u64)> = self.units[unit]
-            .relays
-            .keys()
-            .filter(|(id, _)| *id == packet.session_id)
-            .cloned()
-            .collect();
+        let keys: Vec<(SessionId, u64)> =
+            self.units[unit].relays.keys().filter(|(id, _)| *id == packet.session_id).cloned().collect();
         for key in keys {
             let Some(relay) = self.units[unit].relays.get_mut(&key) else { continue };
-            relay.heard |= packet.from == Side::Instance
-                && (packet.generation == key.1 || packet.generation == 0);
+            relay.heard |=
+                packet.from == Side::Instance && (packet.generation == key.1 || packet.generation == 0);
             if reuse && matches!(packet.kind, PacketKind::Hello) {
                 relay.link = Link::new(key.0.clone(), key.1, Side::Client);
             }
             relay.link.receive(packet.clone());
-            self.relay_pump(unit, &key);
+            match relay.link.is_broken() {
+                true if relay.lingering => {
+                    self.units[unit].relays.remove(&key);
+                }
+                true => self.relay_end(unit, &key, Some("the session went to another instance")),
+                false => self.relay_pump(unit, &key),
+            }
         }
     }
 
@@ -876,7 +938,12 @@ impl World {
                 Some(session) if !session.is_live() => Some("the session has ended"),
                 Some(_) => None,
             };
-            let lingering = self.units[unit].relays.get(&key).is_some_and(|relay| relay.lingering);
+            let Some(relay) = self.units[unit].relays.get_mut(&key) else { continue };
+            let lingering = relay.lingering;
+            if let Some(instance_id) = session.as_ref().and_then(|session| session.instance_id.as_ref()) {
+                relay.link.expect(instance_id);
+            }
+            let why = why.or(relay.link.is_broken().then_some("the session went to another instance"));
             match why {
                 Some(why) if !lingering => self.relay_end(unit, &key, Some(why)),
                 _ if lingering && session.is_none() => {
@@ -889,7 +956,9 @@ impl World {
 
     /// The socket is closed; its last frames are still delivered.
     fn relay_end(&mut self, unit: usize, key: &(SessionId, u64), error: Option<&str>) {
-        let Some(relay) = self.units[unit].relays.get_mut(key).filter(|relay| !relay.lingering) else { return };
+        let Some(relay) = self.units[unit].relays.get_mut(key).filter(|relay| !relay.lingering) else {
+            return;
+        };
         relay.lingering = true;
         let socket = relay.socket;
         let _ = relay.link.send(Frame::Closed);

@@ -99,7 +99,7 @@ fn run_many(from: u64, seeds: u64, planted: Option<Planted>, first: bool) -> Tal
                     } else {
                         tally.least_events = tally.least_events.min(outcome.events);
                     }
-                    if planted.is_none() && tally.done % 1000 == 0 {
+                    if planted.is_none() && tally.done.is_multiple_of(1000) {
                         println!("{} seeds after {:.1} s", tally.done, started.elapsed().as_secs_f64());
                     }
                 }
@@ -130,7 +130,11 @@ fn main() -> ExitCode {
     if let Some(seed) = arguments.seed {
         let lines = if arguments.trace { usize::MAX } else { LINES };
         let outcome = show(seed, arguments.planted.first().copied(), lines);
-        println!("seed {seed}: {} events, {}", outcome.events, outcome.violation.as_deref().unwrap_or("all well"));
+        println!(
+            "seed {seed}: {} events, {}",
+            outcome.events,
+            outcome.violation.as_deref().unwrap_or("all well")
+        );
         return if outcome.violation.is_some() { ExitCode::FAILURE } else { ExitCode::SUCCESS };
     }
     let (mut passed, mut failed) = (0_u64, 0_u64);

@@ -12,8 +12,8 @@ pub enum Planted {
     EndNotRepeated,
     /// The gateway asks an agent only once to launch a session.
     AcceptNotRepeated,
-    /// The time for which a session may be missing goes on although it was seen in between.
-    GraceNotRearmed,
+    /// A unit whose lease has ended does not take a new one.
+    LeaseNotRearmed,
     /// An agent says that it tells everything before it has read AMS's list.
     EndedOnLostObservation,
     /// AMS launches again when the answer to a launch was lost.
@@ -36,16 +36,20 @@ pub enum Planted {
     ShareGivenBackEarly,
     /// What an agent was told to end while it was being launched is not removed when the launch is answered.
     LaunchForgotten,
+    /// A unit ends what its memory says runs elsewhere, without asking the store.
+    IndexBelieved,
+    /// What an agent tells counts although the session went to another cluster meanwhile.
+    MovedNotNoticed,
 }
 
 impl Planted {
     /// All of them.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 18] = [
         Self::LostAckIgnored,
         Self::LinkNumberReused,
         Self::EndNotRepeated,
         Self::AcceptNotRepeated,
-        Self::GraceNotRearmed,
+        Self::LeaseNotRearmed,
         Self::EndedOnLostObservation,
         Self::AttemptNotFenced,
         Self::DeletedWithoutOwner,
@@ -57,6 +61,8 @@ impl Planted {
         Self::StartedBeforeWritten,
         Self::ShareGivenBackEarly,
         Self::LaunchForgotten,
+        Self::IndexBelieved,
+        Self::MovedNotNoticed,
     ];
 
     /// Its name on the command line.
@@ -66,7 +72,7 @@ impl Planted {
             Self::LinkNumberReused => "link-number-reused",
             Self::EndNotRepeated => "end-not-repeated",
             Self::AcceptNotRepeated => "accept-not-repeated",
-            Self::GraceNotRearmed => "grace-not-rearmed",
+            Self::LeaseNotRearmed => "lease-not-rearmed",
             Self::EndedOnLostObservation => "ended-on-lost-observation",
             Self::AttemptNotFenced => "attempt-not-fenced",
             Self::DeletedWithoutOwner => "deleted-without-owner",
@@ -78,6 +84,8 @@ impl Planted {
             Self::StartedBeforeWritten => "started-before-written",
             Self::ShareGivenBackEarly => "share-given-back-early",
             Self::LaunchForgotten => "launch-forgotten",
+            Self::IndexBelieved => "index-believed",
+            Self::MovedNotNoticed => "moved-not-noticed",
         }
     }
 

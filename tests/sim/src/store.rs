@@ -104,11 +104,7 @@ impl World {
     }
 
     /// Other keys of a transaction: written with the session's record or alone.
-    pub fn store_other(
-        &mut self,
-        unit: usize,
-        change: impl FnOnce(&mut Store),
-    ) -> Result<(), StoreFailure> {
+    pub fn store_other(&mut self, unit: usize, change: impl FnOnce(&mut Store)) -> Result<(), StoreFailure> {
         self.store_read(unit)?;
         change(&mut self.store);
         self.store_written(unit)
@@ -138,7 +134,8 @@ impl World {
             }
             None => {
                 self.store.sessions.remove(id);
-                if let Some(Session { origin: Origin::Ams, instance_id: Some(instance), .. }) = before.as_deref()
+                if let Some(Session { origin: Origin::Ams, instance_id: Some(instance), .. }) =
+                    before.as_deref()
                 {
                     self.store.instances.remove(instance);
                 }
@@ -150,8 +147,7 @@ impl World {
                 continue;
             }
             let delay = 1 + self.rng.below(WATCH_MS);
-            let watched =
-                Watched { id: id.clone(), session: after.clone(), revision, reset: None };
+            let watched = Watched { id: id.clone(), session: after.clone(), revision, reset: None };
             self.watch(watcher, delay, watched);
         }
         self.store_written(unit)?;

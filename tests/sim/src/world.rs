@@ -22,6 +22,7 @@ use crate::{
     agent::{Agent, AgentTimer},
     ams::{Ams, AmsTimer, Launched, Listing},
     check::Ledger,
+    check::is_program,
     client::{Ask, Client, ClientTimer, Tell},
     engine::{Engine, StreamerTimer},
     gateway::{GatewayTimer, Unit},
@@ -161,6 +162,8 @@ pub enum Timer {
     Restart(Pid),
     /// A partition ends.
     Heal(usize, usize),
+    /// A process that did nothing goes on.
+    Thaw(Pid),
 }
 
 #[derive(Debug)]
@@ -236,6 +239,8 @@ pub struct Process {
     pub frozen_until: u64,
     /// How far its wall clock is off, seconds.
     pub clock_s: i64,
+    /// For how long its next life does nothing at first.
+    pub slow_start_ms: u64,
 }
 
 /// A websocket of a client.
@@ -286,6 +291,8 @@ pub struct World {
     /// How bad it is now.
     pub weather: Weather,
     blocked: [[bool; SITES]; SITES],
+    /// What waits for those that do nothing.
+    held: [VecDeque<Event>; SITES],
     /// By [`Pid::site`].
     pub processes: [Process; SITES],
     /// Gateway units.
@@ -308,6 +315,8 @@ pub struct World {
     pub ledger: Ledger,
     /// Nobody new comes and no fault is made.
     pub calm: bool,
+    /// Agents know the names of their clusters from their configuration.
+    pub named: bool,
     next_id: u64,
     /// Events that were no mere timers.
     pub events: u64,
@@ -334,7 +343,7 @@ impl World {
     pub fn new(seed: u64, planted: Option<Planted>, lines: usize) -> Self {
         let mut rng = Rng::new(seed);
         let units = rng.between(2, 3) as usize;
-        let clusters = rng.between(1, 2) as usize;
+        let clusters = if rng.chance(0.3) { 1 } else { 2 };
         let loss = [0.0, 0.01, 0.05, 0.15][rng.below(4) as usize];
         let repeat = [0.0, 0.02, 0.1][rng.below(3) as usize];
         let slow = [0.0, 0.02, 0.1, 0.2][rng.below(4) as usize];
@@ -355,9 +364,10 @@ impl World {
             planted,
             weather,
             blocked: Default::default(),
+            held: Default::default(),
             processes: Default::default(),
             units: (0..units).map(|_| Unit::default()).collect(),
-            agents: (0..clusters).map(|_| Agent::new()).collect(),
+            agents: (0..clusters).map(|_| Agent::new(String::new())).collect(),
             ams: (0..clusters).map(|_| Ams::new(&mut rng)).collect(),
             engines: (0..clusters).map(|_| Engine::default()).collect(),
             store: Store::default(),
@@ -366,6 +376,7 @@ impl World {
             connections: BTreeMap::new(),
             ledger: Ledger::default(),
             calm: false,
+            named: rng.chance(0.5),
             next_id: 0,
             events: 0,
             steps: 0,
@@ -468,6 +479,10 @@ impl World {
         process.up = true;
         process.life += 1;
         process.frozen_until = 0;
+        let slow = std::mem::take(&mut process.slow_start_ms);
+        if slow > 0 {
+            self.freeze(pid, slow);
+        }
         note!(self, "{pid:?} starts");
         match pid {
             Pid::Gateway(unit) => self.gateway_start(unit),
@@ -491,7 +506,7 @@ impl World {
                 self.doom_sockets(unit, 1000);
             }
             Pid::Agent(cluster) => {
-                self.agents[cluster] = Agent::new();
+                self.agents[cluster] = Agent::new(String::new());
                 self.doom_connections(cluster, 1000);
             }
             Pid::Ams(cluster) => self.ams[cluster].forget(),
@@ -623,18 +638,22 @@ impl World {
 
     /// Somebody does nothing for a while.
     pub fn freeze(&mut self, pid: Pid, milliseconds: u64) {
-        self.processes[pid.site()].frozen_until = self.now + milliseconds;
+        // Never shorter than before: what waits must stay in order.
+        let process = &mut self.processes[pid.site()];
+        process.frozen_until = process.frozen_until.max(self.now + milliseconds);
+        self.timer_in(Pid::Fate, milliseconds, Timer::Thaw(pid));
+    }
+
+    /// Somebody who is about to start does nothing for a while.
+    pub fn freeze_next(&mut self, pid: Pid, milliseconds: u64) {
+        self.processes[pid.site()].slow_start_ms = milliseconds;
     }
 
     /// How long a message travels now.
     pub fn travel(&mut self) -> u64 {
         let usual = self.rng.between(1, 5);
         let slow = self.weather.slow;
-        if slow > 0.0 && self.rng.chance(slow) {
-            usual + self.rng.below(self.weather.slow_ms)
-        } else {
-            usual
-        }
+        if slow > 0.0 && self.rng.chance(slow) { usual + self.rng.below(self.weather.slow_ms) } else { usual }
     }
 
     fn push(&mut self, delay: u64, event: Event) {
@@ -782,11 +801,26 @@ impl World {
         if !process.up || process.life != life {
             return;
         }
-        if process.frozen_until > self.now {
-            let delay = process.frozen_until - self.now;
-            self.push(delay, event);
+        let held = &mut self.held[to.site()];
+        if process.frozen_until > self.now || (!held.is_empty() && is_program(to)) {
+            held.push_back(event);
             return;
         }
+        self.take_place(event);
+    }
+
+    /// Somebody who did nothing for a while takes everything that waits, in order.
+    fn thaw(&mut self, pid: Pid) {
+        let until = self.process(pid).frozen_until;
+        if until > self.now {
+            return self.timer_in(Pid::Fate, until - self.now, Timer::Thaw(pid));
+        }
+        for event in std::mem::take(&mut self.held[pid.site()]) {
+            self.happen(event);
+        }
+    }
+
+    fn take_place(&mut self, event: Event) {
         match event {
             Event::Message { from, to, message, .. } => {
                 self.events += 1;
@@ -808,6 +842,7 @@ impl World {
                     self.streamer_timer(cluster, number, timer);
                 }
                 (Pid::Client(client), Timer::Client(timer)) => self.client_timer(client, timer),
+                (_, Timer::Thaw(pid)) => self.thaw(pid),
                 (_, timer) => self.fate(timer),
             },
         }
@@ -835,9 +870,21 @@ fn describe(message: &Message) -> String {
             let sessions: Vec<String> = report
                 .sessions
                 .iter()
-                .map(|one| format!("{} {:?} {:?}", one.session_id, one.instance_id.as_ref().map(|id| id.as_str().to_owned()), one.state))
+                .map(|one| {
+                    format!(
+                        "{} {:?} {:?}",
+                        one.session_id,
+                        one.instance_id.as_ref().map(|id| id.as_str().to_owned()),
+                        one.state
+                    )
+                })
                 .collect();
-            format!("sessions of {}{}: {}", report.agent_id, if report.complete { ", complete" } else { "" }, sessions.join(", "))
+            format!(
+                "sessions of {}{}: {}",
+                report.agent_id,
+                if report.complete { ", complete" } else { "" },
+                sessions.join(", ")
+            )
         }
         Message::Absence(_) => "the same, to every unit".into(),
         Message::AskAgent(_, request) => match &**request {
@@ -857,7 +904,9 @@ fn describe(message: &Message) -> String {
             let instances: Vec<String> = listing
                 .instances
                 .iter()
-                .map(|one| format!("{} {} {:?}", one.id, one.status, one.session().map(|id| id.as_str().to_owned())))
+                .map(|one| {
+                    format!("{} {} {:?}", one.id, one.status, one.session().map(|id| id.as_str().to_owned()))
+                })
                 .collect();
             format!("list: {}", instances.join(", "))
         }

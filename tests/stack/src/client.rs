@@ -4,6 +4,7 @@
 //! tests' business.
 
 use std::{
+    net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
@@ -22,8 +23,9 @@ use webrtc::{
     media_stream::track_remote::{TrackRemote, TrackRemoteEvent},
     peer_connection::{
         MediaEngine, PeerConnection, PeerConnectionBuilder, PeerConnectionEventHandler,
-        RTCConfigurationBuilder, RTCIceCandidateInit, RTCPeerConnectionIceEvent, RTCPeerConnectionState,
-        RTCSessionDescription, Registry, SettingEngineBuilder, register_default_interceptors,
+        RTCConfigurationBuilder, RTCIceCandidateInit, RTCIceServer, RTCPeerConnectionIceEvent,
+        RTCPeerConnectionState, RTCSessionDescription, Registry, SettingEngineBuilder,
+        register_default_interceptors,
     },
     runtime::default_runtime,
 };
@@ -102,11 +104,31 @@ pub struct Habits {
     pub closes_socket: bool,
     /// Time for the instance to answer `discover`.
     pub boot: Duration,
+    /// Address of this machine for media.
+    pub address: IpAddr,
+    /// `stun_servers` of the gateway's answer, or none.
+    pub servers: Value,
+}
+
+/// The way that media takes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Way {
+    /// Kind of our own candidate: `host`, `srflx`, `prflx` or `relay`.
+    pub local: String,
+    /// Address of the other side.
+    pub remote: SocketAddr,
 }
 
 impl Default for Habits {
     fn default() -> Self {
-        Self { speaker: true, channels: Vec::new(), closes_socket: true, boot: crate::BOOT }
+        Self {
+            speaker: true,
+            channels: Vec::new(),
+            closes_socket: true,
+            boot: crate::BOOT,
+            address: IpAddr::from([127, 0, 0, 1]),
+            servers: Value::Null,
+        }
     }
 }
 
@@ -209,7 +231,7 @@ impl Client {
 
         let (to_candidates, mut candidates) = mpsc::unbounded_channel();
         let handler = Handler { shared: shared.clone(), candidates: to_candidates };
-        let peer = peer(handler).await.context("making a peer connection")?;
+        let peer = peer(handler, &habits).await.context("making a peer connection")?;
         let control =
             peer.create_data_channel("control", None).await.context("opening the control channel")?;
         let mut channels = vec![("control", control.clone())];
@@ -323,6 +345,20 @@ impl Client {
         Ok(())
     }
 
+    /// The way that media takes now.
+    ///
+    /// # Errors
+    /// There is none.
+    pub async fn way(&self) -> Result<Way> {
+        let sctp = self.peer.sctp().await.context("there is no SCTP transport")?;
+        let pair = sctp.transport().ice_transport().get_selected_candidate_pair().await?;
+        let pair = pair.context("no pair of candidates is selected")?;
+        let remote = pair.remote();
+        let ip: IpAddr = remote.address.parse().context("reading the other side's address")?;
+        let local = pair.local().typ.to_string();
+        Ok(Way { local, remote: SocketAddr::new(ip, remote.port) })
+    }
+
     /// What was seen so far.
     pub fn seen(&self) -> Seen {
         self.shared.now()
@@ -413,20 +449,29 @@ impl Drop for Client {
     }
 }
 
-async fn peer(handler: Handler) -> Result<Arc<dyn PeerConnection>> {
+async fn peer(handler: Handler, habits: &Habits) -> Result<Arc<dyn PeerConnection>> {
+    let servers = habits.servers.as_array().into_iter().flatten().map(|server| {
+        let text = |name: &str| server[name].as_str().unwrap_or_default().to_owned();
+        let urls = server["urls"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        RTCIceServer {
+            urls: urls.map(str::to_owned).collect(),
+            username: text("username"),
+            credential: text("password"),
+        }
+    });
     let mut media = MediaEngine::default();
     media.register_default_codecs()?;
     let registry = register_default_interceptors(Registry::new(), &mut media)?;
     let runtime = default_runtime().context("the crate was built without a runtime")?;
     let settings = SettingEngineBuilder::new().with_include_loopback_candidate(true).build();
     let peer = PeerConnectionBuilder::new()
-        .with_configuration(RTCConfigurationBuilder::new().build())
+        .with_configuration(RTCConfigurationBuilder::new().with_ice_servers(servers.collect()).build())
         .with_media_engine(media)
         .with_setting_engine(settings)
         .with_interceptor_registry(registry)
         .with_handler(Arc::new(handler))
         .with_runtime(runtime)
-        .with_udp_addrs(vec!["127.0.0.1:0".to_owned()])
+        .with_udp_addrs(vec![SocketAddr::new(habits.address, 0).to_string()])
         .build()
         .await?;
     Ok(Arc::new(peer))

@@ -5,8 +5,11 @@
 //! cannot hide on both sides.
 
 pub mod client;
+pub mod cluster;
+pub mod namespaces;
 pub mod processes;
 pub mod rest;
+pub mod simulated;
 pub mod stack;
 
 use std::{future::Future, time::Duration};

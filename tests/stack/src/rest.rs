@@ -122,6 +122,11 @@ impl Server {
         Self { token: token.map(str::to_owned), ..self.clone() }
     }
 
+    /// Where it is, `https://host:port`.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
     /// One request.
     ///
     /// # Errors
@@ -135,7 +140,16 @@ impl Server {
     /// # Errors
     /// No answer. A refusal is an answer.
     pub async fn send(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> Result<Answer> {
-        self.request(method, path, "application/json", body).await
+        self.request(method, path, "application/json", body, None).await
+    }
+
+    /// `POST` with an `Idempotency-Key`.
+    ///
+    /// # Errors
+    /// No answer. A refusal is an answer.
+    pub async fn post_once(&self, path: &str, body: Value, key: &str) -> Result<Answer> {
+        let body = body.to_string().into_bytes();
+        self.request(Method::POST, path, "application/json", Some(body), Some(key)).await
     }
 
     /// `POST` of a file.
@@ -143,13 +157,23 @@ impl Server {
     /// # Errors
     /// No answer. A refusal is an answer.
     pub async fn upload(&self, path: &str, file: Vec<u8>) -> Result<Answer> {
-        self.request(Method::POST, path, "application/octet-stream", Some(file)).await
+        self.request(Method::POST, path, "application/octet-stream", Some(file), None).await
     }
 
-    async fn request(&self, method: Method, path: &str, kind: &str, body: Option<Vec<u8>>) -> Result<Answer> {
+    async fn request(
+        &self,
+        method: Method,
+        path: &str,
+        kind: &str,
+        body: Option<Vec<u8>>,
+        key: Option<&str>,
+    ) -> Result<Answer> {
         let mut request = self.client.request(method.clone(), format!("{}{path}", self.url));
         if let Some(token) = &self.token {
             request = request.header(AUTHORIZATION, format!("macaroon root={token}"));
+        }
+        if let Some(key) = key {
+            request = request.header("Idempotency-Key", key);
         }
         if let Some(body) = body {
             request = request.header("Content-Type", kind).body(body);

@@ -115,15 +115,8 @@ impl Stack {
         let folder = self.folder.path().join("added");
         write_applications(&folder, applications)?;
         for application in applications {
-            let packed = Command::new("tar")
-                .arg("-C")
-                .arg(folder.join(application.name))
-                .args(["-cz", "manifest.yaml", "bin"])
-                .output()
-                .await
-                .context("running tar")?;
-            ensure!(packed.status.success(), "tar: {}", String::from_utf8_lossy(&packed.stderr));
-            let answer = self.ams.upload("/1.0/applications", packed.stdout).await?.expect(202)?;
+            let package = pack(&folder.join(application.name)).await?;
+            let answer = self.ams.upload("/1.0/applications", package).await?.expect(202)?;
             self.operation(&answer).await.with_context(|| format!("adding {}", application.name))?;
             // The agent has to hear of it, and the gateway from the agent.
             until(&format!("the gateway knows {}", application.name), BOOT, || async {
@@ -420,7 +413,7 @@ fn parse(text: &str) -> BTreeMap<String, String> {
 
 /// Writes the applications, each with the programs of ours that it needs: an instance sees its package and nothing
 /// else of this machine's folders.
-fn write_applications(folder: &Path, applications: &[Application]) -> Result<()> {
+pub(crate) fn write_applications(folder: &Path, applications: &[Application]) -> Result<()> {
     let programs = programs()?;
     for application in applications {
         let own = folder.join(application.name);
@@ -440,4 +433,17 @@ fn write_applications(folder: &Path, applications: &[Application]) -> Result<()>
         }
     }
     Ok(())
+}
+
+/// The package of an application that was written into this folder.
+pub(crate) async fn pack(folder: &Path) -> Result<Vec<u8>> {
+    let packed = Command::new("tar")
+        .arg("-C")
+        .arg(folder)
+        .args(["-cz", "manifest.yaml", "bin"])
+        .output()
+        .await
+        .context("running tar")?;
+    ensure!(packed.status.success(), "tar: {}", String::from_utf8_lossy(&packed.stderr));
+    Ok(packed.stdout)
 }

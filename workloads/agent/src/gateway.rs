@@ -22,8 +22,8 @@ const REPORT_EVERY: Duration = Duration::from_secs(2);
 const REPORT_SESSIONS_EVERY: Duration = Duration::from_secs(5);
 /// Changes that come together share one report.
 const REPORT_PAUSE: Duration = Duration::from_millis(10);
-/// Sessions in one message, so that it stays below the limit of the bus.
-const SESSIONS_PER_REPORT: usize = 1000;
+/// Sessions in one message: few enough that nothing else waits long at a gateway that reads it.
+const SESSIONS_PER_REPORT: usize = 200;
 const ASK_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long the goodbye may take.
 const GOODBYE: Duration = Duration::from_millis(500);

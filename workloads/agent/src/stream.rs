@@ -137,7 +137,7 @@ async fn serve(agent: &Arc<Agent>, scope: Scope, mut socket: WebSocket) {
     agent.with_sessions(|sessions| {
         ((), sessions.streamer_connected(Instant::now(), session, instance.clone(), connection))
     });
-    let why = converse(agent, session, connection, &mut socket, packets, orders).await;
+    let why = converse(agent, session, &instance, connection, &mut socket, packets, orders).await;
     agent.streamers.unregister(session, connection);
     agent.with_sessions(|sessions| ((), sessions.streamer_gone(session, connection)));
     tracing::info!(session.id = %session, "streamer of session {session} is disconnected: {why}");
@@ -177,6 +177,7 @@ async fn hello(agent: &Agent, scope: &Scope, socket: &mut WebSocket) -> Result<I
 async fn converse(
     agent: &Arc<Agent>,
     session: &SessionId,
+    instance: &InstanceId,
     connection: u64,
     socket: &mut WebSocket,
     mut packets: Subscription,
@@ -192,7 +193,7 @@ async fn converse(
                 heard = Instant::now();
                 match received {
                     Some(Ok(Message::Text(text))) => {
-                        received_text(agent, session, connection, &down, &text);
+                        received_text(agent, session, instance, connection, &down, &text);
                         None
                     }
                     Some(Ok(Message::Binary(_))) => {
@@ -238,10 +239,17 @@ async fn converse(
     }
 }
 
-fn received_text(agent: &Arc<Agent>, session: &SessionId, connection: u64, down: &str, text: &str) {
+fn received_text(
+    agent: &Arc<Agent>,
+    session: &SessionId,
+    instance: &InstanceId,
+    connection: u64,
+    down: &str,
+    text: &str,
+) {
     match serde_json::from_str(text) {
         Ok(ToAgent::Link(packet)) if packet.session_id == *session && packet.from == Side::Instance => {
-            agent.bus.publish_json(down, &packet);
+            agent.bus.publish_json(down, &Packet { instance_id: Some(instance.clone()), ..packet });
         }
         Ok(ToAgent::Link(_)) => agent.streamers.drop_message(session, "a packet for another session"),
         Ok(ToAgent::Status(status)) => {

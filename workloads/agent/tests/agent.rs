@@ -2,7 +2,10 @@
 
 mod parts;
 
-use std::time::Duration;
+use std::{
+    net::{SocketAddr, UdpSocket},
+    time::{Duration, SystemTime},
+};
 
 use fanlight_api::{
     InstanceId, SessionId,
@@ -43,6 +46,7 @@ fn packet(session: &SessionId, from: Side, text: &str) -> Packet {
         session_id: session.clone(),
         generation: 1,
         from,
+        instance_id: None,
         kind: PacketKind::Data { seq: 0, frame: Frame::Text { text: text.into() } },
     }
 }
@@ -95,7 +99,8 @@ async fn a_session_is_launched_streamed_and_ended() {
     let from_instance = packet(&session, Side::Instance, "settings");
     streamer.send(&ToAgent::Link(from_instance.clone())).await;
     let got = tokio::time::timeout(PATIENCE, down.next()).await.expect("comes").expect("open");
-    assert_eq!(got.json::<Packet>().expect("a packet"), from_instance);
+    let of_instance = Packet { instance_id: Some("i1".parse().expect("valid")), ..from_instance };
+    assert_eq!(got.json::<Packet>().expect("a packet"), of_instance);
 
     assert_eq!(
         world.ask(&end(&session, false)).await,
@@ -338,11 +343,94 @@ async fn streamers_without_a_valid_token_are_turned_away_and_garbage_ends_nothin
     let good = packet(&session, Side::Instance, "good");
     second.send(&ToAgent::Link(good.clone())).await;
     let got = tokio::time::timeout(PATIENCE, own_down.next()).await.expect("comes").expect("open");
+    let good = Packet { instance_id: Some("i1".parse().expect("valid")), ..good };
     assert_eq!(got.json::<Packet>().expect("a packet"), good, "and nothing before it");
     let nothing = tokio::time::timeout(Duration::from_millis(100), foreign_down.next()).await;
     assert!(nothing.is_err(), "nobody speaks for another session");
     let report = world.until_session(&session, |report| report.streamer_connected).await;
     assert_eq!(report.session_id, session);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_are_told_of_turn_servers_with_credentials_of_their_session_and_instances_of_none() {
+    let mut world = World::without_agent().await;
+    let secret = world.folder.path().join("turn-secret");
+    std::fs::write(&secret, "north").expect("written");
+    let coturn = ["turn:turn.example.org:3478?transport=tcp", "turn:turn.example.org:3478"].map(String::from);
+    let (file, urls) = (secret.clone(), coturn.to_vec());
+    world
+        .start_agent_with(|config| {
+            config.stun.urls = vec!["stun:stun.example.org:3478".into()];
+            config.turn.urls = urls;
+            config.turn.secret_file = file;
+            config.turn.ttl = Duration::from_secs(600);
+            config.turn.listen = "127.0.0.1:0".into();
+        })
+        .await;
+    let report = world.until_agent(|report| report.ams_reachable).await;
+    assert!(report.sent_ms > 0);
+    let [stun, embedded, measured] = &report.stun_urls[..] else { panic!("{:?}", report.stun_urls) };
+    assert_eq!(
+        (stun.as_str(), measured.as_str()),
+        ("stun:stun.example.org:3478", "stun:turn.example.org:3478")
+    );
+    let embedded: SocketAddr = embedded.strip_prefix("stun:").expect("STUN").parse().expect("an address");
+
+    let session = SessionId::generate();
+    let AgentResponse::Accepted { stun_servers: first } = world.ask(&launch(&session, 1)).await else {
+        panic!("accepted")
+    };
+    assert_eq!(first[0].urls, ["stun:stun.example.org:3478"]);
+    assert_eq!(first[1].urls, [format!("turn:{embedded}?transport=udp")]);
+    assert_eq!(first[2].urls, coturn);
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("after 1970").as_secs();
+    for server in &first[1..] {
+        let username = server.username.as_deref().expect("with a user");
+        let (expires_at, of) = username.split_once(':').expect("expiry and session");
+        assert_eq!(of, session.as_str());
+        let left = expires_at.parse::<u64>().expect("a time").saturating_sub(now);
+        assert!((500..=700).contains(&left), "the time that is configured: {left}");
+    }
+    assert_eq!(first[1].password, first[2].password, "one secret for both");
+    // Another client of the session; another session.
+    let of = async |session: &SessionId| match world
+        .ask(&AgentRequest::Credentials { session_id: session.clone() })
+        .await
+    {
+        AgentResponse::Accepted { stun_servers } => stun_servers,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(of(&session).await.len(), 3);
+    let other = of(&SessionId::generate()).await;
+    assert_ne!((&other[1].username, &other[1].password), (&first[1].username, &first[1].password));
+    // The instance needs none: it is no client of TURN.
+    let streaming = serde_json::to_string(&world.streaming(&session).await).expect("JSON");
+    assert!(!streaming.contains("turn:") && !streaming.contains("stun:"), "{streaming}");
+    // Without the secret there are no credentials, and no entries that would need them.
+    std::fs::remove_file(&secret).expect("there");
+    assert_eq!(of(&session).await, first[..1]);
+    // The port is the agent's, and it gives it back.
+    assert!(UdpSocket::bind(embedded).is_err());
+    world.agent.take().expect("runs").stop().await;
+    UdpSocket::bind(embedded).expect("free again");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_turn_port_that_is_in_use_is_named() {
+    let taken = UdpSocket::bind("127.0.0.1:0").expect("bound");
+    let address = taken.local_addr().expect("bound");
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| folder.path().join(name);
+    let mut config = fanlight_agent::Config {
+        listen: "127.0.0.1:0".parse().expect("valid"),
+        token_key: path("token.key"),
+        ..Default::default()
+    };
+    (config.tls.certificate, config.tls.key) = (path("agent.crt"), path("agent.key"));
+    config.ams.socket = path("ams.sock");
+    config.turn.listen = address.to_string();
+    let error = fanlight_agent::start(config, fanlight_agent::Parts::default()).await.err().expect("in use");
+    assert!(error.to_string().contains(&format!("turn.listen {address}")), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -3,7 +3,11 @@
 //! A task looks at the record and at the engine, asks [`life`] what follows, writes it, does it, and looks again
 //! when something changed. It holds no state that matters: killed at any point and started again, it goes on.
 
-use std::{cmp::Ordering, sync::Arc, time::Duration};
+use std::{
+    cmp::Ordering,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use fanlight_api::{
     InstanceId, NodeId, PROTOCOL_VERSION,
@@ -19,7 +23,7 @@ use crate::{
     Ams,
     catalog::CatalogError,
     core::{
-        life::{self, Action, Seen},
+        life::{self, Action, Seen, Watch},
         model::{
             ApplicationRef, Goal, InstanceRecord, Intent, LaunchRecord, Observed, OperationRecord, Reach,
             Session, Target, VersionRecord, extra_data, key, session_tag,
@@ -39,8 +43,8 @@ const MAX_TAGS: usize = 100;
 const MAX_KEY: usize = 255;
 /// How often a change begins again when others were faster.
 const ATTEMPTS: u32 = 64;
-/// How long an agent is asked to end a session of an instance that is gone, seconds.
-const END_SESSION_S: i64 = 600;
+/// How long an agent is asked to end a session of an instance that is gone.
+const END_SESSION: Duration = Duration::from_secs(600);
 /// How often an instance is looked at when nothing happens.
 const TICK: Duration = Duration::from_secs(30);
 
@@ -655,20 +659,17 @@ impl Ams {
     async fn run_instance(&self, id: &InstanceId, notify: &Notify) {
         // What was done last, for what: the same is not done twice in a row without a pause.
         let mut last: Option<(Action, Seen, Revision)> = None;
+        let mut watch = Watch::default();
         let mut pause = Duration::from_millis(50);
         loop {
-            let step = self.step(id, &mut last).await;
+            let step = self.step(id, &mut last, &mut watch).await;
             let wait = match step {
                 Ok(Step::Gone) => return,
                 Ok(Step::Again) => {
                     pause = Duration::from_millis(50);
                     continue;
                 }
-                Ok(Step::Wait(wake_at)) => {
-                    let until =
-                        wake_at.map(|at| Duration::from_secs(u64::try_from(at - unix_now()).unwrap_or(0)));
-                    until.unwrap_or(TICK).clamp(Duration::from_millis(200), TICK)
-                }
+                Ok(Step::Wait(wake_in)) => wake_in.unwrap_or(TICK).clamp(Duration::from_millis(200), TICK),
                 Ok(Step::Retry) => {
                     pause = (pause * 2).min(Duration::from_secs(5));
                     pause
@@ -689,17 +690,17 @@ impl Ams {
         &self,
         id: &InstanceId,
         last: &mut Option<(Action, Seen, Revision)>,
+        watch: &mut Watch,
     ) -> Result<Step, StoreError> {
         let Some(stored) = self.store.get_json::<InstanceRecord>(&key::instance(id)).await? else {
             self.operations.settle(id, None).await?;
             return Ok(Step::Gone);
         };
         let seen = self.engine.seen(id).await;
-        let limits = life::Limits {
-            start_s: i64::try_from(self.config.engine.start_time.as_secs()).unwrap_or(i64::MAX),
-            stop_s: i64::try_from(self.config.engine.stop_time.as_secs()).unwrap_or(i64::MAX),
-        };
-        let decision = life::decide(&stored.value, &seen, unix_now(), limits);
+        let limits =
+            life::Limits { start: self.config.engine.start_time, stop: self.config.engine.stop_time };
+        let watched = watch.see(Instant::now(), &stored.value);
+        let decision = life::decide(&stored.value, &seen, unix_now(), watched, limits);
         let mut revision = stored.revision;
         let mut record = stored.value;
         if decision.observed != record.observed {
@@ -712,16 +713,16 @@ impl Ams {
         self.operations.settle(id, Some(&record)).await?;
         let Some(action) = decision.action else {
             *last = None;
-            return Ok(Step::Wait(decision.wake_at));
+            return Ok(Step::Wait(decision.wake_in));
         };
         let this = (action.clone(), seen, revision);
         if last.as_ref() == Some(&this) && action == Action::Stop {
             // Asked already; the engine takes it from here.
-            return Ok(Step::Wait(decision.wake_at));
+            return Ok(Step::Wait(decision.wake_in));
         }
         let repeated = last.as_ref() == Some(&this);
         *last = Some(this);
-        let step = self.act(&record, revision, action).await?;
+        let step = self.act(&record, revision, action, watched).await?;
         Ok(if repeated && matches!(step, Step::Again) { Step::Retry } else { step })
     }
 
@@ -730,11 +731,12 @@ impl Ams {
         record: &InstanceRecord,
         revision: Revision,
         action: Action,
+        watched: Duration,
     ) -> Result<Step, StoreError> {
         let id = &record.id;
         let done = match action {
-            Action::AskSession => return self.ask_session(record).await,
-            Action::EndSession => return self.end_session(record).await,
+            Action::AskSession => return self.ask_session(record, watched).await,
+            Action::EndSession => return self.end_session(record, watched).await,
             Action::Forget => return self.forget(record, revision).await,
             Action::Create => self.engine.create(&self.spec(record)).await,
             Action::Start { run } => {
@@ -871,7 +873,7 @@ impl Ams {
         Ok(Step::Again)
     }
 
-    async fn ask_session(&self, record: &InstanceRecord) -> Result<Step, StoreError> {
+    async fn ask_session(&self, record: &InstanceRecord, watched: Duration) -> Result<Step, StoreError> {
         let Some(stored) = self.store.get_json::<InstanceRecord>(&key::instance(&record.id)).await? else {
             return Ok(Step::Again);
         };
@@ -904,8 +906,7 @@ impl Ams {
             }
             Err(error) => {
                 let text = format!("no session for the instance: {}", error.chain());
-                let patience = i64::try_from(self.config.engine.start_time.as_secs()).unwrap_or(i64::MAX);
-                if error.is_transient() && unix_now() < record.intent.since.saturating_add(patience) {
+                if error.is_transient() && watched < self.config.engine.start_time {
                     tracing::warn!(instance.id = %record.id, "instance {}: {text}", record.id);
                     return Ok(Step::Retry);
                 }
@@ -914,12 +915,12 @@ impl Ams {
         }
     }
 
-    async fn end_session(&self, record: &InstanceRecord) -> Result<Step, StoreError> {
+    async fn end_session(&self, record: &InstanceRecord, watched: Duration) -> Result<Step, StoreError> {
         if let (Some(session), Some(agent)) = (record.session.to_end(), &self.agent)
             && let Err(error) = agent.delete_session(session).await
         {
             let text = error.chain();
-            if error.is_transient() && unix_now() < record.intent.since.saturating_add(END_SESSION_S) {
+            if error.is_transient() && watched < END_SESSION {
                 tracing::warn!(instance.id = %record.id, session.id = %session, "ending the session {session}: {text}");
                 return Ok(Step::Retry);
             }
@@ -943,8 +944,8 @@ enum Step {
     Gone,
     /// Look again at once.
     Again,
-    /// Look again when something changes, or at this time.
-    Wait(Option<i64>),
+    /// Look again when something changes, or after this time.
+    Wait(Option<Duration>),
     /// It did not work; look again after a pause.
     Retry,
 }

@@ -1,7 +1,11 @@
 //! Who may call: accounts and their tokens, one-time codes and cookies of the page. All of it lives in the store;
 //! codes and cookies only as hashes, tokens not at all.
 
-use std::time::Duration;
+use std::{
+    collections::HashMap,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use fanlight_api::{
@@ -20,6 +24,11 @@ const CODES: &str = "gateway/ui/codes/";
 const COOKIES: &str = "gateway/ui/cookies/";
 /// Account of the page: may launch, and see and end what it launched.
 pub const PAGE_ACCOUNT: &str = "ui";
+/// How long a record serves that was read. So long, at most, the token of an account goes on working that another unit
+/// deleted.
+const FRESH: Duration = Duration::from_secs(1);
+/// Most records that are kept for that.
+const MAX_READ: usize = 4096;
 /// How long a one-time code can be used.
 pub const CODE_TIME: Duration = Duration::from_secs(600);
 /// How long a cookie can be used.
@@ -108,6 +117,8 @@ struct Timed {
 pub struct Accounts {
     store: Handle,
     root: Vec<u8>,
+    /// Records read within [`FRESH`], by key: most requests are of few callers.
+    read: Mutex<HashMap<String, (Instant, AccountRecord)>>,
 }
 
 /// Texts with this many random bytes cannot be guessed.
@@ -136,7 +147,7 @@ impl Accounts {
             .await?;
         let key = record.map_or(fresh.key, |record| record.value.key);
         let root = URL_SAFE_NO_PAD.decode(key.expose()).unwrap_or_else(|_| key.expose().as_bytes().to_vec());
-        Ok(Self { store, root })
+        Ok(Self { store, root, read: Mutex::default() })
     }
 
     /// Makes an account and its token.
@@ -164,7 +175,10 @@ impl Accounts {
         };
         let key = format!("{ACCOUNTS}{}", post.name);
         let put = Op::put(&key, encode(&key, &record)?);
-        match self.store.transact(vec![Compare::absent(&key)], vec![put]).await {
+        let made = self.store.transact(vec![Compare::absent(&key)], vec![put]).await;
+        // One of an earlier account of this name, deleted by another unit.
+        self.read().remove(&key);
+        match made {
             Ok(_) => {}
             Err(StoreError::Conflict) => return Err(AccountError::Exists(post.name.clone())),
             Err(error) => return Err(error.into()),
@@ -183,7 +197,7 @@ impl Accounts {
         Ok(records.into_iter().map(|(_, record)| record.value.account).collect())
     }
 
-    /// Deletes an account; its token stops working at once.
+    /// Deletes an account; its token stops working at once here, and within a second at the other units.
     ///
     /// # Errors
     /// There is none.
@@ -193,7 +207,9 @@ impl Accounts {
             return Err(AccountError::Missing(name.chars().take(64).collect()));
         };
         let compare = Compare::revision(&key, entry.revision);
-        match self.store.transact(vec![compare], vec![Op::delete(&key)]).await {
+        let deleted = self.store.transact(vec![compare], vec![Op::delete(&key)]).await;
+        self.read().remove(&key);
+        match deleted {
             Ok(_) | Err(StoreError::Conflict) => Ok(()),
             Err(error) => Err(error.into()),
         }
@@ -218,13 +234,38 @@ impl Accounts {
             None => return Err(TokenError::Signature.into()),
         }
         let key = format!("{ACCOUNTS}{}", macaroon.identifier());
-        let Some(record) = self.store.get_json::<AccountRecord>(&key).await? else {
+        let Some(record) = self.record(key).await? else {
             return Err(AccountError::Deleted);
         };
-        let account_key = token::account_key(&self.root, record.value.salt.expose().as_bytes());
+        let account_key = token::account_key(&self.root, record.salt.expose().as_bytes());
         token::check_api_token(&macaroon, &account_key, now)?;
-        let Account { name, rights, .. } = record.value.account;
+        let Account { name, rights, .. } = record.account;
         Ok(Caller { account: name, rights, by: Proof::Token })
+    }
+
+    fn read(&self) -> MutexGuard<'_, HashMap<String, (Instant, AccountRecord)>> {
+        self.read.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The record of an account, at most [`FRESH`] old.
+    async fn record(&self, key: String) -> Result<Option<AccountRecord>, StoreError> {
+        let known =
+            self.read().get(&key).filter(|(at, _)| at.elapsed() < FRESH).map(|(_, known)| known.clone());
+        if known.is_some() {
+            return Ok(known);
+        }
+        // From before the reading: what is deleted meanwhile is not known for longer.
+        let at = Instant::now();
+        let record = self.store.get_json::<AccountRecord>(&key).await?.map(|record| record.value);
+        let mut read = self.read();
+        if read.len() >= MAX_READ {
+            read.clear();
+        }
+        match &record {
+            Some(record) => drop(read.insert(key, (at, record.clone()))),
+            None => drop(read.remove(&key)),
+        }
+        Ok(record)
     }
 
     /// Makes a socket token.
@@ -397,6 +438,24 @@ mod tests {
         }
         let late = AccountsPost { expiry_at: Some(NOW), ..post("late") };
         assert!(matches!(accounts.create(&late, NOW, None).await, Err(AccountError::Expiry(_))));
+    }
+
+    #[tokio::test]
+    async fn an_account_that_another_unit_deleted_is_known_for_a_second_at_most() {
+        let store: Handle = Arc::new(Embedded::memory());
+        let (here, there) = (Accounts::open(store.clone()).await, Accounts::open(store).await);
+        let (here, there) = (here.expect("opens"), there.expect("opens"));
+        let token = here.create(&post("me"), NOW, None).await.expect("made").token;
+        assert!(there.authenticate(token.expose(), NOW).await.is_ok());
+        here.delete("me").await.expect("there");
+        assert!(matches!(here.authenticate(token.expose(), NOW).await, Err(AccountError::Deleted)));
+        let deleted = Instant::now();
+        while there.authenticate(token.expose(), NOW).await.is_ok() {
+            assert!(deleted.elapsed() < 3 * FRESH, "the token works on");
+            tokio::time::sleep(FRESH / 10).await;
+        }
+        here.create(&post("me"), NOW, None).await.expect("made again");
+        assert!(there.authenticate(token.expose(), NOW).await.is_err(), "another account of this name");
     }
 
     #[tokio::test]

@@ -180,6 +180,9 @@ impl Relay {
         if session.used_generation > self.generation {
             return Some(End::Error(ErrorCode::Replaced, "another client took over the session".into()));
         }
+        if let Some(instance_id) = &session.instance_id {
+            self.link.expect(instance_id);
+        }
         match session.status {
             SessionStatus::Created | SessionStatus::Active => None,
             _ if session.message.is_empty() => ended("the session has ended".into()),

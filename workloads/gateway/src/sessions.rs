@@ -21,7 +21,7 @@ use fanlight_api::{
     gateway::{Location, Screen, SessionStatus, SessionsPost, StunServer},
 };
 use fanlight_service::ApiError;
-use fanlight_store::{Change, Compare, Event, Op, StoreError, StoreExt as _, decode, encode};
+use fanlight_store::{Compare, Event, Op, StoreError, StoreExt as _, decode, encode};
 use futures_util::StreamExt as _;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -980,7 +980,11 @@ impl Gateway {
     /// Folds a report of an agent into the records.
     async fn take_report(&self, report: SessionsReport) {
         futures_util::stream::iter(&report.sessions)
-            .for_each_concurrent(CONCURRENT, |session| self.take_session(&report, session))
+            .for_each_concurrent(CONCURRENT, |session| async {
+                // Most reports change nothing and wait for nothing; frames must not wait for all of them.
+                tokio::task::consume_budget().await;
+                self.take_session(&report, session).await;
+            })
             .await;
     }
 

@@ -35,7 +35,7 @@ use crate::{
     encode::EncoderKind,
     media::{self, Command, MediaSocket, Notice, Video, mailbox},
     notify::Notify,
-    session::Idle,
+    session::{Idle, Presence},
 };
 
 /// The instance counts as ready this long after its application was started, window or not.
@@ -431,9 +431,10 @@ impl Instance {
             Notice::Signal { generation, frame } => self.tell_agent(Outgoing::Signal { generation, frame }),
             Notice::Step(step) => self.tell_agent(Outgoing::Step(step)),
             Notice::Client(client) => {
-                let connected = is_connected(client.as_ref());
+                let presence = presence(client.as_ref());
+                let connected = presence == Presence::Connected;
                 if let Some(idle) = idle {
-                    idle.set_connected(Instant::now(), connected);
+                    idle.set_presence(Instant::now(), presence);
                 }
                 self.status.idle_since = match (connected, self.status.idle_since) {
                     (true, _) => None,
@@ -526,8 +527,12 @@ async fn until(deadline: Option<Instant>) {
     }
 }
 
-fn is_connected(client: Option<&ClientStatus>) -> bool {
-    client.is_some_and(|client| matches!(client.state, ClientState::Connected | ClientState::Streaming))
+fn presence(client: Option<&ClientStatus>) -> Presence {
+    match client.map(|client| client.state) {
+        None => Presence::Nobody,
+        Some(ClientState::Signalling) => Presence::Arriving,
+        Some(ClientState::Connected | ClientState::Streaming) => Presence::Connected,
+    }
 }
 
 fn unix_now() -> i64 {

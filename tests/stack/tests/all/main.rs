@@ -2,6 +2,10 @@
 //! go wrong around them.
 
 mod bad_input;
+mod cluster;
+mod doctor;
 mod failures;
 mod isolation;
 mod life;
+mod network;
+mod outages;

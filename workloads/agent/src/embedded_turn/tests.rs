@@ -484,9 +484,7 @@ async fn at_the_end_all_ports_are_free_again() {
 
 #[test]
 fn this_machines_addresses_are_known_without_sending_anything() {
-    for own in ["127.0.0.1", "127.1.2.3"] {
-        assert!(is_own(own.parse().expect("valid")), "{own}");
-    }
+    assert!(is_own(IpAddr::from([127, 0, 0, 1])));
     for other in ["192.0.2.1", "255.255.255.255", "2001:db8::1"] {
         assert!(!is_own(other.parse().expect("valid")), "{other}");
     }

@@ -285,6 +285,10 @@ impl World {
     }
 
     pub async fn start_agent(&mut self) {
+        self.start_agent_with(|_| {}).await;
+    }
+
+    pub async fn start_agent_with(&mut self, change: impl FnOnce(&mut Config)) {
         let path = |name: &str| self.folder.path().join(name);
         let mut config = Config {
             id: "agent.1".into(),
@@ -297,6 +301,7 @@ impl World {
         config.tls.key = path("agent.key");
         config.clients.certificates = vec![path("ams-client.crt")];
         config.ams.socket = self.ams.path.clone();
+        change(&mut config);
         let parts = Parts { bus: Some(self.bus.clone()), ..Parts::default() };
         self.agent = Some(fanlight_agent::start(config, parts).await.expect("started"));
     }

@@ -5,10 +5,12 @@
 //! Never ends a run because something is silent: a run ends when it says so, when its shim is dead, when it was
 //! never ready in time, or when a request asks for it.
 
+use std::time::{Duration, Instant};
+
 use fanlight_api::{ams::InstanceStatus, guest::Ended};
 use serde::{Deserialize, Serialize};
 
-use super::model::{Goal, InstanceRecord, Observed, Reach, Session, Target};
+use super::model::{Goal, InstanceRecord, Intent, Observed, Reach, Session, Target};
 
 /// What the engine knows of an instance.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,13 +51,38 @@ impl Phase {
     }
 }
 
-/// Seconds that steps may take.
+/// How long steps may take.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// From the start of a run until it is ready.
-    pub start_s: i64,
+    pub start: Duration,
     /// From a request to stop until the run is killed.
-    pub stop_s: i64,
+    pub stop: Duration,
+}
+
+/// The net below the engine's own grace, after a request to stop.
+const STOP_NET: Duration = Duration::from_secs(5);
+
+/// For how long an instance has been as it is and wanted as it is wanted, as far as this process has seen it. Wall
+/// clocks do not count, because they jump; nor does time in which this process did not run.
+#[derive(Debug, Default)]
+pub struct Watch {
+    seen: Option<(InstanceStatus, u32, Intent, Instant)>,
+}
+
+impl Watch {
+    /// Sees the record now.
+    pub fn see(&mut self, now: Instant, record: &InstanceRecord) -> Duration {
+        let (status, run) = (record.observed.status, record.observed.run);
+        let same = |seen: &&(InstanceStatus, u32, Intent, Instant)| {
+            (seen.0, seen.1, &seen.2) == (status, run, &record.intent)
+        };
+        if let Some((_, _, _, since)) = self.seen.as_ref().filter(same) {
+            return now.saturating_duration_since(*since);
+        }
+        self.seen = Some((status, run, record.intent.clone(), now));
+        Duration::ZERO
+    }
 }
 
 /// What to do next.
@@ -89,13 +116,13 @@ pub struct Decision {
     pub observed: Observed,
     /// To be carried out, then look again.
     pub action: Option<Action>,
-    /// Unix seconds when to look again at the latest.
-    pub wake_at: Option<i64>,
+    /// When to look again at the latest.
+    pub wake_in: Option<Duration>,
 }
 
-/// Decides.
-pub fn decide(record: &InstanceRecord, seen: &Seen, now: i64, limits: Limits) -> Decision {
-    let mut next = Next { observed: record.observed.clone(), now, wake_at: None };
+/// Decides. `now`: for people, Unix seconds; `watched`: what [`Watch`] says of the record.
+pub fn decide(record: &InstanceRecord, seen: &Seen, now: i64, watched: Duration, limits: Limits) -> Decision {
+    let mut next = Next { observed: record.observed.clone(), now, watched, wake_in: None };
     let action = match record.intent.target {
         Target::Prepared => {
             if record.observed.status == InstanceStatus::Created {
@@ -107,12 +134,13 @@ pub fn decide(record: &InstanceRecord, seen: &Seen, now: i64, limits: Limits) ->
         Target::Stopped => stopped(record, seen, &mut next, limits),
         Target::Deleted => deleted(record, seen, &mut next, limits),
     };
-    Decision { observed: next.observed, action, wake_at: next.wake_at }
+    Decision { observed: next.observed, action, wake_in: next.wake_in }
 }
 
 /// The status of an instance whose start, or whose session, failed for good.
 pub fn failed(record: &InstanceRecord, error: String, now: i64) -> Observed {
-    let mut next = Next { observed: record.observed.clone(), now, wake_at: None };
+    let watched = Duration::ZERO;
+    let mut next = Next { observed: record.observed.clone(), now, watched, wake_in: None };
     next.observed.run = record.intent.run;
     next.fail(error);
     next.observed
@@ -121,7 +149,8 @@ pub fn failed(record: &InstanceRecord, error: String, now: i64) -> Observed {
 struct Next {
     observed: Observed,
     now: i64,
-    wake_at: Option<i64>,
+    watched: Duration,
+    wake_in: Option<Duration>,
 }
 
 impl Next {
@@ -184,17 +213,18 @@ fn running(record: &InstanceRecord, seen: &Seen, next: &mut Next, limits: Limits
         // The engine may know of a run only after its start was tried, so this is no run of ours.
         Phase::Idle => None,
         Phase::Starting => {
+            let known = status == S::Started && record.observed.run == run;
+            let waited = if known { next.watched } else { Duration::ZERO };
             next.observed.run = run;
             next.status(S::Started);
-            let deadline = next.observed.since + limits.start_s;
-            if next.now >= deadline {
+            if waited >= limits.start {
                 next.fail(format!(
                     "the instance timed out: not ready within {} s after its start",
-                    limits.start_s
+                    limits.start.as_secs()
                 ));
                 return Some(Action::Kill);
             }
-            next.wake_at = Some(deadline);
+            next.wake_in = Some(limits.start - waited);
             None
         }
         // A run that is ending by itself is still there.
@@ -257,11 +287,11 @@ fn deleted(record: &InstanceRecord, seen: &Seen, next: &mut Next, limits: Limits
 
 /// Asks first, kills when time is up. The engine's own grace is the first; this is the net below it.
 fn stop(record: &InstanceRecord, next: &mut Next, limits: Limits) -> Option<Action> {
-    let deadline = record.intent.since + limits.stop_s + 5;
-    if record.intent.force || next.now >= deadline {
+    let patience = limits.stop + STOP_NET;
+    if record.intent.force || next.watched >= patience {
         return Some(Action::Kill);
     }
-    next.wake_at = Some(deadline);
+    next.wake_in = Some(patience - next.watched);
     Some(Action::Stop)
 }
 
@@ -331,9 +361,9 @@ mod tests {
     use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 
     use super::*;
-    use crate::core::model::{ApplicationRef, Intent};
+    use crate::core::model::ApplicationRef;
 
-    const LIMITS: Limits = Limits { start_s: 60, stop_s: 10 };
+    const LIMITS: Limits = Limits { start: Duration::from_secs(60), stop: Duration::from_secs(10) };
 
     fn record(target: Target, status: S) -> InstanceRecord {
         InstanceRecord {
@@ -540,9 +570,32 @@ mod tests {
                 Some(Action::Forget),
             ),
         ] {
-            let decision = decide(&record, &seen, now, LIMITS);
+            // All of them are as they are since second 100.
+            let decision = decide(&record, &seen, now, Duration::from_secs(now.unsigned_abs() - 100), LIMITS);
             assert_eq!((decision.observed.status, decision.action), (status, action), "{case}");
         }
+    }
+
+    #[test]
+    fn only_time_that_was_watched_counts_against_an_instance() {
+        let start = Instant::now();
+        let later = |seconds| start + Duration::from_secs(seconds);
+        let starting = with_run(record(Target::Running, S::Started), 1);
+        let seen = Seen { run: 1, phase: Phase::Starting };
+        let mut watch = Watch::default();
+        assert_eq!(watch.see(start, &starting), Duration::ZERO);
+        assert_eq!(watch.see(later(59), &starting), Duration::from_secs(59));
+        // The wall clock has jumped by a year; an hour before the start of the process is nobody's fault.
+        for now in [100 - 3600, 100 + 365 * 86_400] {
+            let decision = decide(&starting, &seen, now, Duration::from_secs(59), LIMITS);
+            assert_eq!((decision.action, decision.wake_in), (None, Some(Duration::from_secs(1))));
+        }
+        let running = with_run(record(Target::Running, S::Running), 1);
+        assert_eq!(watch.see(later(60), &running), Duration::ZERO, "it is another state");
+        let stopping = with_run(record(Target::Stopped, S::Running), 1);
+        assert_eq!(watch.see(later(90), &stopping), Duration::ZERO, "it is another wish");
+        assert_eq!(watch.see(later(95), &stopping), Duration::from_secs(5));
+        assert_eq!(Watch::default().see(later(99), &stopping), Duration::ZERO, "another process");
     }
 
     #[test]
@@ -550,14 +603,17 @@ mod tests {
         let mut record = with_run(record(Target::Deleted, S::Running), 1);
         record.intent.force = true;
         let seen = Seen { run: 1, phase: Phase::Ready };
-        assert_eq!(decide(&record, &seen, 100, LIMITS).action, Some(Action::Destroy));
+        assert_eq!(decide(&record, &seen, 100, Duration::ZERO, LIMITS).action, Some(Action::Destroy));
     }
 
     #[test]
     fn the_session_is_asked_for_before_and_ended_after_the_instance() {
         let mut asked = record(Target::Running, S::Created);
         asked.session = Session::Wanted;
-        assert_eq!(decide(&asked, &Seen::ABSENT, 100, LIMITS).action, Some(Action::AskSession));
+        assert_eq!(
+            decide(&asked, &Seen::ABSENT, 100, Duration::ZERO, LIMITS).action,
+            Some(Action::AskSession)
+        );
         let streaming = serde_json::from_value(serde_json::json!({
             "session_id": "s1", "agent_url": "wss://a", "token": "t"
         }))
@@ -565,10 +621,13 @@ mod tests {
         let mut made = with_run(record(Target::Deleted, S::Running), 1);
         made.session = Session::Made { streaming };
         let live = Seen { run: 1, phase: Phase::Ready };
-        assert_eq!(decide(&made, &live, 100, LIMITS).action, Some(Action::Stop));
-        assert_eq!(decide(&made, &Seen::ABSENT, 100, LIMITS).action, Some(Action::EndSession));
+        assert_eq!(decide(&made, &live, 100, Duration::ZERO, LIMITS).action, Some(Action::Stop));
+        assert_eq!(
+            decide(&made, &Seen::ABSENT, 100, Duration::ZERO, LIMITS).action,
+            Some(Action::EndSession)
+        );
         made.session = Session::Over;
-        assert_eq!(decide(&made, &Seen::ABSENT, 100, LIMITS).action, Some(Action::Forget));
+        assert_eq!(decide(&made, &Seen::ABSENT, 100, Duration::ZERO, LIMITS).action, Some(Action::Forget));
     }
 
     #[test]
@@ -598,17 +657,22 @@ mod tests {
         record: Option<InstanceRecord>,
         seen: Seen,
         now: i64,
+        start: Instant,
+        watch: Watch,
     }
 
     impl World {
         fn step(&mut self, random: &mut StdRng) {
             self.now += random.random_range(0..3);
             let Some(record) = &mut self.record else { return };
-            let decision = decide(record, &self.seen, self.now, LIMITS);
+            let instant = self.start + Duration::from_secs(self.now.unsigned_abs());
+            let watched = self.watch.see(instant, record);
+            let decision = decide(record, &self.seen, self.now, watched, LIMITS);
             record.observed = decision.observed;
             assert_eq!(record.observed.error.is_empty(), record.observed.status != S::Error);
             // A crash of AMS between writing and acting, or an action that fails.
             if random.random_bool(0.2) {
+                self.watch = Watch::default();
                 return;
             }
             match decision.action {
@@ -645,8 +709,13 @@ mod tests {
     fn whatever_is_asked_in_any_order_what_was_asked_last_comes_about() {
         for seed in 0..300 {
             let mut random = StdRng::seed_from_u64(seed);
-            let mut world =
-                World { record: Some(record(Target::Running, S::Created)), seen: Seen::ABSENT, now: 100 };
+            let mut world = World {
+                record: Some(record(Target::Running, S::Created)),
+                seen: Seen::ABSENT,
+                now: 100,
+                start: Instant::now(),
+                watch: Watch::default(),
+            };
             for _ in 0..random.random_range(0..8) {
                 for _ in 0..random.random_range(0..6) {
                     world.step(&mut random);

@@ -162,10 +162,18 @@ pub fn parse(text: &str) -> Result<ClientControl, Ignored> {
             }
             ClientControl::MouseMove { position, relative }
         }
-        "input::mouse-button" => ClientControl::MouseButton {
-            evdev: button_to_evdev(integer("button")?).ok_or(Ignored::Member("button"))?,
-            pressed: flag("pressed")?,
-        },
+        "input::mouse-button" => {
+            // Clients that know of several displays have changed the numbers of the middle and the right button.
+            let button = match (integer("button")?, data.get("display_id").is_some()) {
+                (2, true) => 3,
+                (3, true) => 2,
+                (button, _) => button,
+            };
+            ClientControl::MouseButton {
+                evdev: button_to_evdev(button).ok_or(Ignored::Member("button"))?,
+                pressed: flag("pressed")?,
+            }
+        }
         "input::mouse-wheel" => {
             let clicks = |name| integer(name).unwrap_or(0).clamp(-10, 10) as i32;
             ClientControl::MouseWheel { horizontal: -clicks("x"), vertical: clicks("y") }
@@ -266,8 +274,8 @@ pub fn key_to_evdev(code: i64) -> Option<u32> {
     })
 }
 
-/// Linux button code of a mouse button (stream-protocol section 7.3). 4, the browser's "back", is never sent
-/// by clients of the original; ours does.
+/// Linux button code of a mouse button (stream-protocol section 7.3): 1 left, 2 middle, 3 right. 4, the browser's
+/// "back", is sent by ours and by clients that know of several displays.
 pub fn button_to_evdev(button: i64) -> Option<u32> {
     Some(match button {
         1 => 0x110,
@@ -405,6 +413,18 @@ mod tests {
             (
                 r#"{"type":"input::mouse-button","data":{"button":3,"pressed":true}}"#,
                 ClientControl::MouseButton { evdev: 0x111, pressed: true },
+            ),
+            (
+                r#"{"type":"input::mouse-button","data":{"pressed":true,"button":2,"display_id":0}}"#,
+                ClientControl::MouseButton { evdev: 0x111, pressed: true },
+            ),
+            (
+                r#"{"type":"input::mouse-button","data":{"pressed":false,"button":3,"display_id":0}}"#,
+                ClientControl::MouseButton { evdev: 0x112, pressed: false },
+            ),
+            (
+                r#"{"type":"input::mouse-button","data":{"pressed":true,"button":4,"display_id":0}}"#,
+                ClientControl::MouseButton { evdev: 0x113, pressed: true },
             ),
             (
                 r#"{"type":"input::mouse-wheel","data":{"x":1,"y":1}}"#,

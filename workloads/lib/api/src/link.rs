@@ -20,7 +20,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    SessionId,
+    InstanceId, SessionId,
     gateway::{ScreenPatch, StunServer},
 };
 
@@ -56,6 +56,9 @@ pub struct Packet {
     pub generation: u64,
     /// Sender.
     pub from: Side,
+    /// Instance that the streamer runs in; its agent writes it.
+    #[serde(default)]
+    pub instance_id: Option<InstanceId>,
     /// What it is.
     pub kind: PacketKind,
 }
@@ -143,6 +146,10 @@ pub struct Link {
     early_bytes: usize,
     ready: VecDeque<Frame>,
     ack_due: bool,
+    /// The instance at the other end: the one that was heard first, unless somebody knows.
+    instance_id: Option<InstanceId>,
+    known: bool,
+    broken: bool,
 }
 
 impl Link {
@@ -163,6 +170,9 @@ impl Link {
             early_bytes: 0,
             ready: VecDeque::new(),
             ack_due: false,
+            instance_id: None,
+            known: false,
+            broken: false,
         }
     }
 
@@ -198,6 +208,18 @@ impl Link {
     /// Takes a packet of the other end. Packets of other sessions, generations or sides are ignored.
     pub fn receive(&mut self, packet: Packet) {
         if packet.session_id != self.session_id || packet.from == self.side {
+            return;
+        }
+        if packet.instance_id.is_some() {
+            let other = self.instance_id.is_some() && self.instance_id != packet.instance_id;
+            if other && self.known {
+                // What is left of an instance that the session went away from.
+                return;
+            }
+            self.broken |= other;
+            self.instance_id = self.instance_id.take().or(packet.instance_id);
+        }
+        if self.broken {
             return;
         }
         match packet.kind {
@@ -273,6 +295,21 @@ impl Link {
         self.retry_at
     }
 
+    /// Says which instance is at the other end. Another one is not listened to from now on.
+    pub fn expect(&mut self, instance_id: &InstanceId) {
+        self.broken |= self.instance_id.as_ref().is_some_and(|heard| heard != instance_id);
+        if !self.broken && !self.known {
+            self.instance_id = Some(instance_id.clone());
+            self.known = true;
+        }
+    }
+
+    /// Whether another instance answers than at first, as when a session went to another cluster. What the first one
+    /// acknowledged the other does not know, so this link will not deliver any more.
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+
     /// Whether everything sent was acknowledged.
     pub fn is_settled(&self) -> bool {
         self.waiting.is_empty()
@@ -284,6 +321,7 @@ impl Link {
             session_id: self.session_id.clone(),
             generation: self.generation,
             from: self.side,
+            instance_id: None,
             kind,
         }
     }
@@ -296,6 +334,7 @@ pub fn hello(session_id: SessionId) -> Packet {
         session_id,
         generation: 0,
         from: Side::Instance,
+        instance_id: None,
         kind: PacketKind::Hello,
     }
 }
@@ -377,6 +416,50 @@ mod tests {
         assert_eq!(again.len(), 1);
         instance.receive(again[0].clone());
         assert_eq!(frames(&mut instance), [text("discover")]);
+    }
+
+    #[test]
+    fn a_link_whose_other_end_is_another_instance_is_broken() {
+        let (mut client, mut instance) = pair();
+        let now = Instant::now();
+        let of = |instance: &str, packet: &Packet| Packet {
+            instance_id: Some(instance.parse().expect("valid")),
+            ..packet.clone()
+        };
+        client.receive(hello(client.session_id.clone()));
+        client.send(text("settings")).expect("fits");
+        instance.receive(drain(&mut client, now).remove(0));
+        let acknowledged = drain(&mut instance, now).remove(0);
+        client.receive(of("i1", &acknowledged));
+        client.receive(of("i1", &hello(client.session_id.clone())));
+        assert!(client.is_settled() && !client.is_broken());
+        instance.send(text("offer")).expect("fits");
+        client.receive(of("i2", &drain(&mut instance, now).remove(0)));
+        assert!(client.is_broken());
+        assert_eq!(frames(&mut client), []);
+    }
+
+    #[test]
+    fn a_link_that_knows_its_instance_listens_to_no_other() {
+        let (mut client, mut instance) = pair();
+        let now = Instant::now();
+        let of = |instance: &str, packet: Packet| Packet {
+            instance_id: Some(instance.parse().expect("valid")),
+            ..packet
+        };
+        let (first, second) = ("i1".parse().expect("valid"), "i2".parse().expect("valid"));
+        client.expect(&second);
+        client.receive(of("i1", hello(client.session_id.clone())));
+        instance.send(text("offer")).expect("fits");
+        let offer = drain(&mut instance, now).remove(0);
+        client.receive(of("i1", offer.clone()));
+        assert!(!client.is_broken() && frames(&mut client).is_empty());
+        client.receive(of("i2", offer));
+        assert_eq!(frames(&mut client), [text("offer")]);
+        client.expect(&second);
+        assert!(!client.is_broken());
+        client.expect(&first);
+        assert!(client.is_broken(), "the session went on");
     }
 
     #[test]

@@ -14,8 +14,8 @@ use std::{
 
 use async_nats::{Client, ConnectOptions, Event, Request, client::RequestErrorKind};
 use bytes::Bytes;
-use futures_util::StreamExt;
-use tokio::sync::{mpsc, oneshot, watch};
+use futures_util::{FutureExt as _, StreamExt as _};
+use tokio::sync::watch;
 
 use crate::{
     BusConfig, BusError, MAX_PAYLOAD_BYTES, QUEUE_MESSAGES, RequestError, config::read_secret, loss::Loss,
@@ -32,14 +32,8 @@ const LAST_RETRY: Duration = Duration::from_secs(5);
 pub struct Nats {
     client: Client,
     server: String,
-    outgoing: mpsc::Sender<Outgoing>,
     connected: watch::Sender<bool>,
     loss: Arc<Loss>,
-}
-
-enum Outgoing {
-    Message { subject: String, payload: Bytes },
-    Flush(oneshot::Sender<bool>),
 }
 
 impl Nats {
@@ -57,9 +51,7 @@ impl Nats {
             server: server.clone(),
             source: Box::new(error),
         })?;
-        let (outgoing, queue) = mpsc::channel(QUEUE_MESSAGES);
-        tokio::spawn(publish_queue(client.clone(), queue, connected.subscribe(), loss.clone()));
-        let nats = Self { client, server, outgoing, connected, loss };
+        let nats = Self { client, server, connected, loss };
         if !nats.wait_connected(FIRST_CONNECTION).await {
             tracing::warn!(
                 bus.url = nats.server,
@@ -90,8 +82,17 @@ impl Nats {
         if payload.len() > MAX_PAYLOAD_BYTES {
             return self.loss.count(subject, "it is larger than 1 MiB");
         }
-        if self.outgoing.try_send(Outgoing::Message { subject: subject.into(), payload }).is_err() {
-            self.loss.count(subject, "the server does not keep up");
+        if !*self.connected.borrow() {
+            return self.loss.count(subject, "the bus is not connected");
+        }
+        // Only puts the message into the client's queue, which is done at once while there is room. The runtime must
+        // not make a busy task wait here, which would look like a full queue.
+        let queued =
+            tokio::task::unconstrained(self.client.publish(subject.to_owned(), payload)).now_or_never();
+        match queued {
+            Some(Ok(())) => {}
+            Some(Err(_)) => self.loss.count(subject, "the server does not take it"),
+            None => self.loss.count(subject, "the server does not keep up"),
         }
     }
 
@@ -136,56 +137,15 @@ impl Nats {
         }
     }
 
+    /// The library's own flush ends when everything is written to the socket. What the server has done with it shows
+    /// only in an answer: it takes what comes over one connection in order, so that a message to ourselves is one.
     pub async fn flush(&self, timeout: Duration) -> bool {
-        let flush = async {
-            let (done, flushed) = oneshot::channel();
-            self.outgoing.send(Outgoing::Flush(done)).await.ok()?;
-            flushed.await.ok()
+        let round_trip = async {
+            let inbox = self.client.new_inbox();
+            let Ok(mut back) = self.client.subscribe(inbox.clone()).await else { return false };
+            self.client.publish(inbox, Bytes::new()).await.is_ok() && back.next().await.is_some()
         };
-        matches!(tokio::time::timeout(timeout, flush).await, Ok(Some(true)))
-    }
-}
-
-/// Sends what waits, in order. This task waits for the server; publishers do not.
-async fn publish_queue(
-    client: Client,
-    mut queue: mpsc::Receiver<Outgoing>,
-    connected: watch::Receiver<bool>,
-    loss: Arc<Loss>,
-) {
-    while let Some(outgoing) = queue.recv().await {
-        match outgoing {
-            Outgoing::Message { subject, .. } if !*connected.borrow() => {
-                loss.count(&subject, "the bus is not connected");
-            }
-            Outgoing::Message { subject, payload } => {
-                if client.publish(subject.clone(), payload).await.is_err() {
-                    loss.count(&subject, "the server does not take it");
-                }
-            }
-            Outgoing::Flush(done) => {
-                // Not awaited here: a flush waits for the server, and messages behind it are lost meanwhile
-                // only by their own rule.
-                tokio::spawn(flush(client.clone(), done));
-            }
-        }
-    }
-}
-
-/// The library's own flush ends when everything is written to the socket. What the server has done with it shows only in
-/// an answer: it takes what comes over one connection in order, so that a message to ourselves is one.
-async fn flush(client: Client, mut done: oneshot::Sender<bool>) {
-    let round_trip = async {
-        let inbox = client.new_inbox();
-        let Ok(mut back) = client.subscribe(inbox.clone()).await else { return false };
-        client.publish(inbox, Bytes::new()).await.is_ok() && back.next().await.is_some()
-    };
-    tokio::select! {
-        flushed = round_trip => {
-            // Whoever waited may have gone at this moment.
-            let _ = done.send(flushed);
-        }
-        () = done.closed() => {}
+        matches!(tokio::time::timeout(timeout, round_trip).await, Ok(true))
     }
 }
 
@@ -203,6 +163,7 @@ fn options(
         .retry_on_initial_connect()
         .max_reconnects(None)
         .subscription_capacity(QUEUE_MESSAGES)
+        .client_capacity(QUEUE_MESSAGES)
         .connection_timeout(Duration::from_secs(5))
         .ping_interval(Duration::from_secs(10))
         .require_tls(tls)

@@ -114,6 +114,7 @@ mod tests {
                 session_id: self.session_id.clone(),
                 generation,
                 from: Side::Client,
+                instance_id: None,
                 kind: PacketKind::Data { seq, frame },
             }
         }

@@ -389,9 +389,9 @@ impl Core {
                         // What an older client wants is in its offer.
                         let settings = Settings {
                             data_channels,
-                            enable_speaker: true,
+                            enable_speaker: receives(&sdp, "audio"),
                             enable_microphone: true,
-                            enable_video: true,
+                            enable_video: receives(&sdp, "video"),
                             enable_camera: true,
                             ..known
                         };
@@ -656,6 +656,16 @@ fn step_of(stage: Stage) -> &'static str {
     }
 }
 
+/// Whether the offer `sdp` has a section of this kind in which its client receives. A section without a direction
+/// goes both ways (RFC 8866 section 6.7).
+fn receives(sdp: &str, kind: &str) -> bool {
+    sdp.split("\nm=").skip(1).any(|section| {
+        let mut lines = section.lines().map(str::trim_end);
+        let named = lines.next().and_then(|line| line.split(' ').next()) == Some(kind);
+        named && !lines.any(|line| matches!(line, "a=inactive" | "a=sendonly"))
+    })
+}
+
 /// Text from standard base64 with or without padding.
 fn decode(base64: &str) -> Result<String, String> {
     let bytes = LENIENT.decode(base64.trim()).map_err(|error| format!("not base64: {error}"))?;
@@ -815,6 +825,32 @@ mod tests {
             bench.peer(1, PeerEvent::IceConnected);
             bench.peer(1, PeerEvent::Connected);
             assert_eq!(bench.core.deadline(), None);
+        }
+    }
+
+    #[test]
+    fn an_older_client_gets_of_picture_and_sound_what_its_offer_receives() {
+        let section = |kind: &str, direction: &str| {
+            format!("m={kind} 9 UDP/TLS/RTP/SAVPF 96\r\na=mid:0\r\n{direction}")
+        };
+        let both = ["", "a=recvonly\r\n", "a=sendrecv\r\n"];
+        let neither = ["a=inactive\r\n", "a=sendonly\r\n"];
+        for (audio, speaker) in
+            both.map(|line| (line, true)).into_iter().chain(neither.map(|line| (line, false)))
+        {
+            for (video, picture) in
+                both.map(|line| (line, true)).into_iter().chain(neither.map(|line| (line, false)))
+            {
+                let mut bench = Bench::new();
+                bench.open(1);
+                // A camera has its own section, which says nothing about the picture.
+                let camera = section("video", "a=sendonly\r\n");
+                let sdp = format!("v=0\r\n{}{camera}{}", section("audio", audio), section("video", video));
+                let offer = format!(r#"{{"type":"offer","sdp":"{}"}}"#, STANDARD.encode(sdp));
+                let outputs = bench.text(1, &offer);
+                let Some(Output::Build { plan, .. }) = outputs.first() else { panic!("{outputs:?}") };
+                assert_eq!((plan.speaker, plan.video), (speaker, picture), "{audio:?} {video:?}");
+            }
         }
     }
 

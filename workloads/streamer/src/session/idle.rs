@@ -9,6 +9,17 @@ use std::time::{Duration, Instant};
 /// How long an instance nobody can join again waits for its only client.
 const FIRST_CLIENT_LIMIT: Duration = Duration::from_secs(600);
 
+/// How far the client that owns the stream is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Presence {
+    /// There is none.
+    Nobody,
+    /// It is signalling; this ends by itself, well or badly, within the limits of signalling.
+    Arriving,
+    /// Media flows, or may again.
+    Connected,
+}
+
 /// Watches whether somebody is there.
 #[derive(Clone, Debug)]
 pub struct Idle {
@@ -17,6 +28,7 @@ pub struct Idle {
     /// Nobody is there since then.
     since: Option<Instant>,
     had_client: bool,
+    arriving: bool,
 }
 
 impl Idle {
@@ -28,12 +40,14 @@ impl Idle {
             (true, minutes) => Some(Duration::from_secs(u64::from(minutes) * 60)),
             (false, _) => Some(FIRST_CLIENT_LIMIT),
         };
-        Self { joinable, limit, since: Some(now), had_client: false }
+        Self { joinable, limit, since: Some(now), had_client: false, arriving: false }
     }
 
-    /// A client is connected, or none is. Somebody who is only signalling does not count.
-    pub fn set_connected(&mut self, now: Instant, connected: bool) {
-        if connected {
+    /// The client came, got on or left. Somebody who is only signalling does not stop the time; but who takes a
+    /// stream over that nobody may join once its client has left, must not find that the instance ends.
+    pub fn set_presence(&mut self, now: Instant, presence: Presence) {
+        self.arriving = presence == Presence::Arriving;
+        if presence == Presence::Connected {
             self.had_client = true;
             self.since = None;
         } else if self.since.is_none() {
@@ -45,7 +59,7 @@ impl Idle {
     pub fn deadline(&self) -> Option<Instant> {
         let since = self.since?;
         if self.had_client && !self.joinable {
-            return Some(since);
+            return (!self.arriving).then_some(since);
         }
         since.checked_add(self.limit?)
     }
@@ -79,10 +93,35 @@ mod tests {
         let start = Instant::now();
         let mut idle = Idle::new(start, false, 5);
         assert!(idle.verdict(start + 9 * MINUTE).is_none());
-        idle.set_connected(start, true);
+        idle.set_presence(start, Presence::Connected);
         assert!(idle.verdict(start + 1000 * MINUTE).is_none());
-        idle.set_connected(start + MINUTE, false);
+        idle.set_presence(start + MINUTE, Presence::Nobody);
         assert!(idle.verdict(start + MINUTE).is_some());
+    }
+
+    #[test]
+    fn a_take_over_does_not_end_a_session_that_cannot_be_joined_again_but_one_that_fails_does() {
+        let start = Instant::now();
+        let mut idle = Idle::new(start, false, 0);
+        idle.set_presence(start, Presence::Connected);
+        idle.set_presence(start + MINUTE, Presence::Arriving);
+        assert_eq!(idle.deadline(), None);
+        idle.set_presence(start + MINUTE, Presence::Connected);
+        assert_eq!(idle.deadline(), None);
+        idle.set_presence(start + 2 * MINUTE, Presence::Arriving);
+        idle.set_presence(start + 3 * MINUTE, Presence::Nobody);
+        assert!(idle.verdict(start + 3 * MINUTE).is_some_and(|text| text.contains("left")));
+    }
+
+    #[test]
+    fn who_is_only_signalling_does_not_stop_the_idle_time() {
+        let start = Instant::now();
+        let mut idle = Idle::new(start, true, 3);
+        idle.set_presence(start + MINUTE, Presence::Arriving);
+        assert_eq!(idle.deadline(), Some(start + 3 * MINUTE));
+        let mut idle = Idle::new(start, false, 0);
+        idle.set_presence(start + MINUTE, Presence::Arriving);
+        assert_eq!(idle.deadline(), Some(start + FIRST_CLIENT_LIMIT));
     }
 
     #[test]
@@ -96,12 +135,12 @@ mod tests {
     fn a_joinable_session_waits_its_idle_time_from_the_last_moment_somebody_was_there() {
         let start = Instant::now();
         let mut idle = Idle::new(start, true, 3);
-        idle.set_connected(start + MINUTE, true);
-        idle.set_connected(start + 5 * MINUTE, false);
-        idle.set_connected(start + 7 * MINUTE, false);
+        idle.set_presence(start + MINUTE, Presence::Connected);
+        idle.set_presence(start + 5 * MINUTE, Presence::Nobody);
+        idle.set_presence(start + 7 * MINUTE, Presence::Nobody);
         assert_eq!(idle.deadline(), Some(start + 8 * MINUTE));
         assert!(idle.verdict(start + 8 * MINUTE).is_some_and(|text| text.contains("3 minutes")));
-        idle.set_connected(start + 7 * MINUTE, true);
+        idle.set_presence(start + 7 * MINUTE, Presence::Connected);
         assert_eq!(idle.deadline(), None);
     }
 

@@ -8,5 +8,5 @@ mod idle;
 
 pub use self::{
     core::{Core, Input, LocalCandidate, Output, PeerEvent, PeerPlan, PeerRole},
-    idle::Idle,
+    idle::{Idle, Presence},
 };
