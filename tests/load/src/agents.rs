@@ -27,6 +27,8 @@ use fanlight_bus::{Bus, BusConfig, Serving};
 use serde_json::json;
 use tokio::{sync::Notify, task::JoinSet};
 
+use crate::sockets::turned;
+
 /// The application that all of them have.
 pub const APPLICATION: &str = "terminal";
 const REPORT_EVERY: Duration = Duration::from_secs(2);
@@ -385,7 +387,7 @@ impl Instances {
                         replaced = true;
                         self.echoed.fetch_add(1, Ordering::Relaxed);
                         // A link that is full ends its client, which the generator would see.
-                        let _ = link.send(Frame::Text { text });
+                        let _ = link.send(Frame::Text { text: turned(text) });
                     }
                     Frame::Closed => closed = true,
                 }

@@ -7,6 +7,7 @@ use anyhow::{Result, ensure};
 use crate::{
     figures::{Bound, Figures, median, percentile},
     servers::Store,
+    sockets::Trip,
     world::World,
 };
 
@@ -16,6 +17,7 @@ const SUSTAINED: f64 = 200.0;
 const REQUESTS_PER_SECOND: u32 = 250;
 const AGENTS: usize = 20;
 const FILL_RATE: f64 = 160.0;
+/// Frames per second from clients to their instances, and as many back.
 const FRAMES: f64 = 1000.0;
 
 fn say(text: &str) {
@@ -76,21 +78,19 @@ async fn measure(world: &mut World, figures: &mut Figures, sessions: usize) -> R
 
     say("relaying");
     world.round_trips(FRAMES, 1000).await?;
-    let (mut relayed, mut direct) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
+    let mut relayed = Rounds::default();
+    let mut direct = Rounds::default();
     for _ in 0..3 {
-        let alone = world.direct_round_trips(FRAMES, 4000).await?;
-        let through = world.round_trips(FRAMES, 4000).await?;
-        for (number, percent) in [50.0, 99.0].into_iter().enumerate() {
-            direct[number].push(percentile(&alone, percent));
-            relayed[number].push(percentile(&through, percent));
-        }
+        direct.add(&world.direct_round_trips(FRAMES, 4000).await?);
+        relayed.add(&world.round_trips(FRAMES, 4000).await?);
     }
-    for (number, name) in ["p50", "p99"].into_iter().enumerate() {
-        figures.print(&format!("relay_round_{name}_ms"), median(&relayed[number]), "ms", Bound::None)?;
-        figures.print(&format!("direct_round_{name}_ms"), median(&direct[number]), "ms", Bound::None)?;
+    for (name, rounds) in [("relayed", &relayed), ("direct", &direct)] {
+        figures.print(&format!("{name}_frame_p50_ms"), median(&rounds.frame_p50), "ms", Bound::None)?;
+        figures.print(&format!("{name}_frame_p99_ms"), median(&rounds.frame_p99), "ms", Bound::None)?;
+        figures.print(&format!("{name}_round_p99_ms"), median(&rounds.round_p99), "ms", Bound::None)?;
     }
-    // Of the whole way there and back, so for two frames.
-    figures.print("relay_p99_ms", median(&relayed[1]) - median(&direct[1]), "ms", Bound::AtMost(2.0))?;
+    let added = median(&relayed.frame_p99) - median(&direct.frame_p99);
+    figures.print("relay_p99_ms", added, "ms", Bound::AtMost(2.0))?;
     let joined = world.count_joined(FRAMES).await?;
     figures.print("joined_sessions", joined as f64, "1", Bound::AtLeast(10_000.0))?;
 
@@ -115,7 +115,28 @@ async fn measure(world: &mut World, figures: &mut Figures, sessions: usize) -> R
     figures.print("overload_honest_refused", honest.refused as f64, "1", Bound::AtMost(0.0))?;
     let p99 = percentile(&honest.latencies, 99.0);
     figures.print("overload_honest_create_p99_ms", p99, "ms", Bound::AtMost(100.0))?;
-    let p99 = percentile(&overload.frames, 99.0);
+    let rounds: Vec<f64> = overload.frames.iter().map(Trip::round_ms).collect();
+    let p99 = percentile(&rounds, 99.0);
     figures.print("overload_relay_round_p99_ms", p99, "ms", Bound::None)?;
     world.servers.check()
+}
+
+/// Percentiles of several runs.
+#[derive(Default)]
+struct Rounds {
+    /// Of single frames, in either direction.
+    frame_p50: Vec<f64>,
+    frame_p99: Vec<f64>,
+    /// Of the way there and back.
+    round_p99: Vec<f64>,
+}
+
+impl Rounds {
+    fn add(&mut self, trips: &[Trip]) {
+        let frames: Vec<f64> = trips.iter().flat_map(|trip| [trip.up_ms, trip.down_ms]).collect();
+        let rounds: Vec<f64> = trips.iter().map(Trip::round_ms).collect();
+        self.frame_p50.push(percentile(&frames, 50.0));
+        self.frame_p99.push(percentile(&frames, 99.0));
+        self.round_p99.push(percentile(&rounds, 99.0));
+    }
 }

@@ -39,10 +39,8 @@ pub fn resident_kib(pid: u32) -> Result<f64> {
 pub fn raise_open_files(wanted: u64) -> Result<()> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the call writes to the variable only.
-    ensure!(
-        unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } == 0,
-        "reading the limit of files"
-    );
+    let read = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } == 0;
+    ensure!(read, "reading the limit of files");
     if limit.rlim_cur >= wanted {
         return Ok(());
     }

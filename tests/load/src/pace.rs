@@ -2,6 +2,7 @@
 //! its latency counts from when it was due, so that a server that stands still is not measured too well.
 
 use std::{
+    sync::OnceLock,
     thread,
     time::{Duration, Instant},
 };
@@ -27,6 +28,14 @@ pub fn arrivals(seed: u64, rate: f64, count: usize) -> mpsc::UnboundedReceiver<(
         }
     });
     receiver
+}
+
+/// A time as nanoseconds since the first one that was asked for, to be sent along.
+pub fn nanos(at: Instant) -> u64 {
+    static FIRST: OnceLock<Instant> = OnceLock::new();
+    // A little earlier, so that what was due before the first question is no time below zero.
+    let first = FIRST.get_or_init(|| Instant::now() - Duration::from_secs(60));
+    u64::try_from(at.saturating_duration_since(*first).as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Milliseconds since a time.

@@ -11,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::pace::nanos;
 use anyhow::{Context as _, Result};
 use futures_util::{SinkExt as _, StreamExt as _};
 use rustls::{
@@ -49,9 +50,8 @@ pub struct Sockets {
 
 /// What came back.
 pub struct Tally {
-    start: Instant,
-    /// Latencies in milliseconds by run.
-    runs: Mutex<BTreeMap<u32, Vec<f64>>>,
+    /// Times by run.
+    runs: Mutex<BTreeMap<u32, Vec<Trip>>>,
     /// Probes that came twice, or not in their order.
     pub disorder: AtomicU64,
     /// Texts of errors that the gateway sent, counted.
@@ -63,9 +63,32 @@ struct Probe<'a> {
     r#type: &'a str,
     run: u32,
     seq: u64,
-    /// When it was due, nanoseconds since the start.
+    /// When it was due, as [`nanos`].
     at: u64,
+    /// When its instance sent it back.
+    turned: u64,
     padding: &'a str,
+}
+
+/// The way of a frame to its instance and back.
+#[derive(Clone, Copy, Debug)]
+pub struct Trip {
+    /// From when it was due, milliseconds.
+    pub up_ms: f64,
+    pub down_ms: f64,
+}
+
+impl Trip {
+    /// From the times of [`nanos`].
+    pub fn new(due: u64, turned: u64, back: u64) -> Self {
+        let ms = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1e6;
+        Self { up_ms: ms(due, turned), down_ms: ms(turned, back) }
+    }
+
+    /// Both ways.
+    pub fn round_ms(&self) -> f64 {
+        self.up_ms + self.down_ms
+    }
 }
 
 /// A client's socket. Dropping it closes it.
@@ -80,8 +103,8 @@ struct Order {
 }
 
 impl Tally {
-    /// Latencies of a run, which are taken out.
-    pub fn take(&self, run: u32) -> Vec<f64> {
+    /// What came back of a run; it is taken out.
+    pub fn take(&self, run: u32) -> Vec<Trip> {
         self.runs.lock().unwrap_or_else(PoisonError::into_inner).remove(&run).unwrap_or_default()
     }
 
@@ -109,12 +132,7 @@ impl Sockets {
             .with_no_client_auth();
         // Every client is somebody else: none of them has a ticket of an earlier connection.
         config.resumption = Resumption::disabled();
-        let tally = Tally {
-            start: Instant::now(),
-            runs: Mutex::default(),
-            disorder: AtomicU64::new(0),
-            errors: Mutex::default(),
-        };
+        let tally = Tally { runs: Mutex::default(), disorder: AtomicU64::new(0), errors: Mutex::default() };
         Ok(Self { tls: TlsConnector::from(Arc::new(config)), address, tally: Arc::new(tally) })
     }
 
@@ -178,8 +196,8 @@ async fn converse(
                     let _ = socket.close(None).await;
                     return;
                 };
-                let at = order.due.saturating_duration_since(tally.start).as_nanos() as u64;
-                if socket.send(Message::Text(probe(order.run, next_out, at).into())).await.is_err() {
+                let text = probe(order.run, next_out, nanos(order.due));
+                if socket.send(Message::Text(text.into())).await.is_err() {
                     return;
                 }
                 next_out += 1;
@@ -187,13 +205,13 @@ async fn converse(
             message = socket.next() => match message {
                 Some(Ok(Message::Text(text))) => match serde_json::from_str::<Probe<'_>>(&text) {
                     Ok(probe) if probe.r#type == "probe" => {
-                        let now = tally.start.elapsed().as_nanos() as u64;
+                        let trip = Trip::new(probe.at, probe.turned, nanos(Instant::now()));
                         if probe.seq != next_in {
                             tally.disorder.fetch_add(1, Ordering::Relaxed);
                         }
                         next_in = probe.seq + 1;
                         let mut runs = tally.runs.lock().unwrap_or_else(PoisonError::into_inner);
-                        runs.entry(probe.run).or_default().push(now.saturating_sub(probe.at) as f64 / 1e6);
+                        runs.entry(probe.run).or_default().push(trip);
                         drop(runs);
                         if let Some(joined) = joined.take() {
                             let _ = joined.send(());
@@ -214,11 +232,22 @@ async fn converse(
 
 /// A probe as text, [`PROBE_BYTES`] long.
 pub fn probe(run: u32, seq: u64, at: u64) -> String {
-    let bare = Probe { r#type: "probe", run, seq, at, padding: "" };
+    let bare = Probe { r#type: "probe", run, seq, at, turned: 0, padding: "" };
     let bare = serde_json::to_string(&bare).expect("numbers can be written");
     let padding = "x".repeat(PROBE_BYTES.saturating_sub(bare.len()));
-    let full = Probe { r#type: "probe", run, seq, at, padding: &padding };
+    let full = Probe { r#type: "probe", run, seq, at, turned: 0, padding: &padding };
     serde_json::to_string(&full).expect("numbers can be written")
+}
+
+/// What an instance sends back: the same with the time.
+pub fn turned(text: String) -> String {
+    match serde_json::from_str::<Probe<'_>>(&text) {
+        Ok(probe) => {
+            let back = Probe { turned: nanos(Instant::now()), ..probe };
+            serde_json::to_string(&back).expect("numbers can be written")
+        }
+        Err(_) => text,
+    }
 }
 
 /// Believes one certificate.

@@ -22,15 +22,17 @@ use tokio::{
 use crate::{
     agents::{self, APPLICATION, Agents},
     machine,
-    pace::{arrivals, ms_since},
+    pace::{arrivals, ms_since, nanos},
     servers::{Servers, Store},
-    sockets::{Client, Sockets, probe},
+    sockets::{Client, Sockets, Trip, probe},
 };
 
 /// How long anything may take that is not measured.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// From the end of a load until its last effects have passed: launches, reports, deletions.
 const SETTLE: Duration = Duration::from_millis(700);
+/// From the last create until its instance runs, and that is recorded.
+const LAUNCHED: Duration = Duration::from_millis(400);
 /// How old a session gets that is only created.
 const SHORT_LIFE: Duration = Duration::from_secs(1);
 
@@ -249,7 +251,7 @@ impl World {
             let before = machine::cpu_time(pid)?;
             let api = self.caller.clone();
             let outcomes = self.creates(&api, rate, burst).await;
-            tokio::time::sleep(SETTLE).await;
+            tokio::time::sleep(LAUNCHED).await;
             spent += machine::cpu_time(pid)? - before;
             outcomes.all_created()?;
             self.delete(&outcomes.created).await?;
@@ -323,12 +325,11 @@ impl World {
         Ok(joins)
     }
 
-    /// Sends frames over the sessions in turn, and waits until each came back. Returns the times of the whole way,
-    /// client to instance to client, in milliseconds.
+    /// Sends frames over the sessions in turn, and waits until each came back. Returns the times of their ways.
     ///
     /// # Errors
     /// A frame was lost, came twice, or not in its order.
-    pub async fn round_trips(&mut self, rate: f64, count: usize) -> Result<Vec<f64>> {
+    pub async fn round_trips(&mut self, rate: f64, count: usize) -> Result<Vec<Trip>> {
         self.last_run += 1;
         let run = self.last_run;
         let seed = self.next_seed();
@@ -352,33 +353,36 @@ impl World {
     ///
     /// # Errors
     /// The bus is not there, or lost a message.
-    pub async fn direct_round_trips(&mut self, rate: f64, count: usize) -> Result<Vec<f64>> {
+    pub async fn direct_round_trips(&mut self, rate: f64, count: usize) -> Result<Vec<Trip>> {
         let (near, far) =
             (agents::connect(&self.servers.bus).await?, agents::connect(&self.servers.bus).await?);
         let mut requests = far.subscribe("load.up.*").await?;
-        let mut answers = near.subscribe("load.down.*").await?;
+        let mut answers = near.subscribe("load.down.*.*").await?;
         let settled = |bus: Bus| async move { bus.flush(PATIENCE).await };
         ensure!(settled(near.clone()).await && settled(far.clone()).await, "the bus takes no subscription");
         let mut tasks = JoinSet::new();
         tasks.spawn(async move {
             while let Some(message) = requests.next().await {
-                let subject = message.subject.replacen("up", "down", 1);
-                far.publish(&subject, message.payload);
+                let number = message.subject.rsplit('.').next().unwrap_or_default();
+                // The time goes along in the subject, so that the payload stays as it is.
+                far.publish(&format!("load.down.{number}.{}", nanos(Instant::now())), message.payload);
             }
         });
         let mut due = arrivals(self.next_seed(), rate, count);
         let session_id = SessionId::generate();
         let mut dues = Vec::new();
-        let mut latencies = Vec::new();
+        let mut trips = Vec::new();
         let give_up = tokio::time::sleep(Duration::from_secs_f64(count as f64 / rate) + PATIENCE);
         tokio::pin!(give_up);
-        while latencies.len() < count {
+        while trips.len() < count {
             tokio::select! {
                 biased;
                 Some(answer) = answers.next() => {
-                    let number: usize = answer.subject.rsplit('.').next().unwrap_or_default().parse()?;
+                    let mut words = answer.subject.rsplit('.');
+                    let turned: u64 = words.next().unwrap_or_default().parse()?;
+                    let number: usize = words.next().unwrap_or_default().parse()?;
                     let due: &Instant = dues.get(number).context("an answer to nothing")?;
-                    latencies.push(ms_since(*due));
+                    trips.push(Trip::new(nanos(*due), turned, nanos(Instant::now())));
                 }
                 Some((number, at)) = due.recv() => {
                     dues.push(at);
@@ -393,10 +397,10 @@ impl World {
                     };
                     near.publish_json(&format!("load.up.{number}"), &packet);
                 }
-                () = &mut give_up => bail!("the bus lost {} of {count} messages", count - latencies.len()),
+                () = &mut give_up => bail!("the bus lost {} of {count} messages", count - trips.len()),
             }
         }
-        Ok(latencies)
+        Ok(trips)
     }
 
     /// Twice the load: one caller creates at `rate`, another at `honest`, while frames are relayed.
@@ -445,8 +449,8 @@ pub struct Overload {
     pub greedy: Outcomes,
     /// Creates of the one that does not.
     pub honest: Outcomes,
-    /// Times of frames, milliseconds.
-    pub frames: Vec<f64>,
+    /// Frames that were relayed meanwhile.
+    pub frames: Vec<Trip>,
 }
 
 async fn creates(
@@ -522,7 +526,7 @@ async fn send_frames(
     rate: f64,
     count: usize,
     offset: usize,
-) -> Result<Vec<f64>> {
+) -> Result<Vec<Trip>> {
     ensure!(!held.is_empty(), "there is no session to send over");
     let mut due = arrivals(seed, rate, count);
     while let Some((number, due)) = due.recv().await {
@@ -533,11 +537,11 @@ async fn send_frames(
     while tally.count(run) < count && start.elapsed() < Duration::from_secs(10) {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    let latencies = tally.take(run);
+    let trips = tally.take(run);
     let disorder = tally.disorder.load(std::sync::atomic::Ordering::Relaxed);
-    ensure!(latencies.len() == count, "{} of {count} frames came back", latencies.len());
+    ensure!(trips.len() == count, "{} of {count} frames came back", trips.len());
     ensure!(disorder == 0, "{disorder} frames came twice or not in their order");
-    Ok(latencies)
+    Ok(trips)
 }
 
 /// The ids of the sessions that the gateway lists.

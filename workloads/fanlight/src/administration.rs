@@ -93,7 +93,9 @@ fn expiry_at(text: &str, now: SystemTime) -> Result<i64> {
     } else {
         let whole = if text.len() == 10 { format!("{text} 00:00:00") } else { text.to_owned() };
         humantime::parse_rfc3339_weak(&whole).with_context(|| {
-            format!("--expiry is {text:?}: a time from now like 24h, YYYY-MM-DD or YYYY-MM-DD HH:MM:SS is needed")
+            format!(
+                "--expiry is {text:?}: a time from now like 24h, YYYY-MM-DD or YYYY-MM-DD HH:MM:SS is needed"
+            )
         })?
     };
     Ok(time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64))

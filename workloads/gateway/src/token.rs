@@ -434,7 +434,8 @@ mod tests {
                 changed[position] ^= 1 << bit;
                 if let Some(macaroon) = Macaroon::read(&changed) {
                     // The location is not signed in this scheme; changing it makes another kind of token.
-                    let accepted = macaroon.kind() == Some(Kind::Api) && check_api_token(&macaroon, &key, NOW).is_ok();
+                    let accepted =
+                        macaroon.kind() == Some(Kind::Api) && check_api_token(&macaroon, &key, NOW).is_ok();
                     assert!(!accepted, "bit {bit} of byte {position}");
                 }
             }
