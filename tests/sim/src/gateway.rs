@@ -991,8 +991,9 @@ impl World {
             }
             packets.push(packet);
         }
+        let broken = relay.link.is_broken();
         let (deadline, lingering, settled) =
-            (relay.link.deadline(), relay.lingering, relay.link.is_settled());
+            (relay.link.deadline(), relay.lingering, relay.link.is_settled() || broken);
         let socket = relay.socket;
         for packet in packets {
             self.publish_up(unit, packet);
@@ -1002,6 +1003,8 @@ impl World {
                 self.units[unit].relays.remove(key);
                 return;
             }
+        } else if broken {
+            return self.relay_end(unit, key, Some("the session went to another instance"));
         } else {
             for frame in frames {
                 match frame {

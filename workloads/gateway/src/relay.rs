@@ -113,7 +113,7 @@ impl Relay {
                 return end;
             }
             if self.link.is_broken() {
-                let text = "the session went to another instance; join again";
+                let text = "the session went to another instance, or its own was started again; join again";
                 return End::Error(ErrorCode::InstanceNotReachable, text.into());
             }
             while let Some(frame) = self.link.poll_frame() {

@@ -34,6 +34,9 @@ pub const MAX_WAITING_BYTES: usize = 2 * 1024 * 1024;
 const WINDOW: u64 = MAX_FRAMES + 8;
 const FIRST_RETRY: Duration = Duration::from_millis(250);
 const LAST_RETRY: Duration = Duration::from_secs(2);
+/// So many retries in a row that were answered with less than was acknowledged before: the other end knows nothing of
+/// that any more. A few late acknowledgements do not last so long.
+const LOST_ROUNDS: u32 = 6;
 
 /// Which end a packet comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -149,6 +152,9 @@ pub struct Link {
     /// The instance at the other end: the one that was heard first, unless somebody knows.
     instance_id: Option<InstanceId>,
     known: bool,
+    /// An acknowledgement came since the last retry, and it was of less than one before.
+    behind: bool,
+    lost_rounds: u32,
     broken: bool,
 }
 
@@ -172,6 +178,8 @@ impl Link {
             ack_due: false,
             instance_id: None,
             known: false,
+            behind: false,
+            lost_rounds: 0,
             broken: false,
         }
     }
@@ -229,12 +237,15 @@ impl Link {
             }
             _ if packet.generation != self.generation => {}
             PacketKind::Ack { next } => {
+                self.behind |= self.waiting.front().is_some_and(|(seq, _)| next < *seq);
                 while self.waiting.front().is_some_and(|(seq, _)| *seq < next) {
                     if let Some((_, frame)) = self.waiting.pop_front() {
                         self.waiting_bytes -= frame.size();
                     }
                     self.retry_after = FIRST_RETRY;
                     self.retry_at = None;
+                    self.behind = false;
+                    self.lost_rounds = 0;
                 }
             }
             PacketKind::Data { seq, frame } => {
@@ -268,6 +279,8 @@ impl Link {
             return Some(self.packet(PacketKind::Ack { next: self.next_in }));
         }
         if self.retry_at.is_some_and(|at| at <= now) {
+            self.lost_rounds = if std::mem::take(&mut self.behind) { self.lost_rounds + 1 } else { 0 };
+            self.broken |= self.lost_rounds >= LOST_ROUNDS;
             self.sent_below = self.waiting.front().map_or(self.next_out, |(seq, _)| *seq);
             self.retry_after = (self.retry_after * 2).min(LAST_RETRY);
             self.retry_at = None;
@@ -304,8 +317,9 @@ impl Link {
         }
     }
 
-    /// Whether another instance answers than at first, as when a session went to another cluster. What the first one
-    /// acknowledged the other does not know, so this link will not deliver any more.
+    /// Whether the other end is not the one of the beginning: another instance answers, as when a session went to
+    /// another cluster, or the same one was started again. What was acknowledged before is not known there, so this
+    /// link will not deliver any more.
     pub fn is_broken(&self) -> bool {
         self.broken
     }
@@ -437,6 +451,42 @@ mod tests {
         client.receive(of("i2", &drain(&mut instance, now).remove(0)));
         assert!(client.is_broken());
         assert_eq!(frames(&mut client), []);
+    }
+
+    #[test]
+    fn a_link_whose_other_end_was_started_again_is_broken_and_late_acknowledgements_break_nothing() {
+        let (mut client, mut instance) = pair();
+        let mut now = Instant::now();
+        for _ in 0..20 {
+            client.send(text("early")).expect("fits");
+        }
+        let mut late = Vec::new();
+        for packet in drain(&mut client, now) {
+            instance.receive(packet);
+            late.extend(drain(&mut instance, now));
+        }
+        client.receive(late.pop().expect("the last one"));
+        assert!(client.is_settled());
+        client.send(text("settings")).expect("fits");
+        for packet in late {
+            client.receive(packet);
+            drain(&mut client, now);
+        }
+        assert!(!client.is_broken());
+        let mut again = Link::new(client.session_id.clone(), 3, Side::Instance);
+        let mut rounds = 0;
+        while !client.is_broken() {
+            now = client.deadline().expect("it waits");
+            for packet in drain(&mut client, now) {
+                again.receive(packet);
+            }
+            for packet in drain(&mut again, now) {
+                client.receive(packet);
+            }
+            rounds += 1;
+            assert!(rounds < 10, "it goes on for ever");
+        }
+        assert!(rounds >= 5, "{rounds}");
     }
 
     #[test]
