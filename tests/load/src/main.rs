@@ -1,10 +1,11 @@
-//! The load generator: `./dev bench gateway`, `./dev bench placement` and the suite `load`.
+//! The load generator: `./dev bench gateway`, `./dev bench placement`, `./dev bench ams` and the suite `load`.
 //!
 //! It starts the programs as they are built, speaks the agents' side of the bus and the clients' side of the API, and
 //! measures from outside. Figures go to standard output, all else to standard error. It ends with 1 when something
 //! could not be measured, with 3 when a bound was missed.
 
 mod agents;
+mod ams;
 mod figures;
 mod gateway;
 mod machine;
@@ -29,7 +30,7 @@ const OPEN_FILES: u64 = 19_000;
 #[derive(Debug, Parser)]
 struct Arguments {
     /// What to measure.
-    #[arg(required_unless_present = "quick")]
+    #[arg(required_unless_present_any = ["quick", "ams_folder"])]
     bench: Option<Bench>,
     /// Check with a small load that everything works; measure nothing.
     #[arg(long)]
@@ -43,12 +44,18 @@ struct Arguments {
     /// Of the times of arrivals.
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Instances to hold.
+    #[arg(long, default_value_t = 10_000)]
+    instances: usize,
+    #[command(flatten)]
+    server: ams::Server,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Bench {
     Gateway,
     Placement,
+    Ams,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -83,6 +90,10 @@ async fn run_until_asked(arguments: Arguments) -> Result<ExitCode> {
 }
 
 async fn run(arguments: Arguments) -> Result<ExitCode> {
+    if let Some(folder) = &arguments.server.ams_folder {
+        ams::serve(folder).await?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let stores = match arguments.store {
         Some(StoreArgument::Redb) => vec![Store::Redb],
         Some(StoreArgument::Etcd) => vec![Store::Etcd],
@@ -100,6 +111,11 @@ async fn run(arguments: Arguments) -> Result<ExitCode> {
     if arguments.bench == Some(Bench::Placement) {
         let mut figures = Figures::new("placement", arguments.seed);
         placement::run(&mut figures, arguments.seed)?;
+        return Ok(end(&figures));
+    }
+    if arguments.bench == Some(Bench::Ams) {
+        let mut figures = Figures::new("ams", arguments.seed);
+        ams::run(&mut figures, arguments.instances).await?;
         return Ok(end(&figures));
     }
     let mut figures = Figures::new("gateway", arguments.seed);

@@ -1,9 +1,10 @@
-//! The bench `placement`: how long one choice of a cluster takes among ten thousand. The pure function alone, with
-//! reports as agents send them.
+//! The bench `placement`: how long one choice of a cluster, and of a node, takes among ten thousand. The pure functions
+//! alone, with reports as agents send them and nodes that are filled step by step.
 
 use std::{collections::BTreeMap, hint::black_box, time::Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use fanlight_ams::cores::placement::{self, Encoder, GpuOffer, Offer, Share, Strategy, Used, Wish};
 use fanlight_api::gateway::Location;
 use fanlight_gateway::cores::agents::{Agents, Wanted, Whereabouts};
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
@@ -12,6 +13,7 @@ use serde_json::{Value, json};
 use crate::figures::{Bound, Figures, median, percentile};
 
 const AGENTS: usize = 10_000;
+const NODES: usize = 10_000;
 const REGIONS: usize = 50;
 /// Applications of each cluster, of which every one has the first.
 const APPLICATIONS: usize = 20;
@@ -63,13 +65,76 @@ pub fn run(figures: &mut Figures, seed: u64) -> Result<()> {
         }
         refused.push(times);
     }
-    let over = |rounds: &[Vec<f64>], percent: f64| {
-        median(&rounds.iter().map(|times| percentile(times, percent)).collect::<Vec<_>>())
-    };
     figures.print("place_10000_agents_ms", over(&chosen, 99.0), "ms", Bound::AtMost(1.0))?;
     figures.print("place_10000_agents_p50_ms", over(&chosen, 50.0), "ms", Bound::None)?;
     figures.print("refuse_10000_agents_ms", over(&refused, 99.0), "ms", Bound::None)?;
-    Ok(())
+    nodes(figures, &mut random)
+}
+
+/// Instances on ten thousand nodes; each decision takes its share, so that they fill up as they would.
+fn nodes(figures: &mut Figures, random: &mut StdRng) -> Result<()> {
+    let offers: Vec<Offer> = (0..NODES).map(|number| offer(number, random)).collect::<Result<_>>()?;
+    let mut used: Vec<Used> = vec![Used::default(); NODES];
+    let by_name: BTreeMap<_, usize> =
+        offers.iter().zip(0..).map(|(offer, at)| (offer.node.clone(), at)).collect();
+    let (mut chosen, mut refused) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        let mut times = Vec::with_capacity(DECISIONS);
+        for number in 0..DECISIONS {
+            let wish = Wish {
+                share: Share { cpus: 2, memory_bytes: 3 << 30, disk_bytes: 3 << 30, ..Share::default() },
+                encoder: [Encoder::Software, Encoder::GpuPreferred, Encoder::Gpu][number % 3],
+                selector: if number % 5 == 4 { vec!["zone1".into()] } else { Vec::new() },
+                ..Wish::default()
+            };
+            let strategy = if number % 2 == 0 { Strategy::Spread } else { Strategy::Binpack };
+            let start = Instant::now();
+            let placed = black_box(placement::place(black_box(&wish), strategy, offers.iter().zip(&used)));
+            times.push(start.elapsed().as_secs_f64() * 1000.0);
+            let placed = placed.context("a decision chose no node")?;
+            used[by_name[&placed.node]].add(&placed.share);
+        }
+        chosen.push(times);
+        let mut times = Vec::with_capacity(DECISIONS / 10);
+        for _ in 0..DECISIONS / 10 {
+            let wish = Wish { selector: vec!["nowhere".into()], ..Wish::default() };
+            let start = Instant::now();
+            let placed =
+                black_box(placement::place(black_box(&wish), Strategy::Spread, offers.iter().zip(&used)));
+            times.push(start.elapsed().as_secs_f64() * 1000.0);
+            ensure!(placed.is_err(), "a tag that no node has was found");
+        }
+        refused.push(times);
+    }
+    figures.print("place_10000_nodes_ms", over(&chosen, 99.0), "ms", Bound::AtMost(1.0))?;
+    figures.print("place_10000_nodes_p50_ms", over(&chosen, 50.0), "ms", Bound::None)?;
+    figures.print("refuse_10000_nodes_ms", over(&refused, 99.0), "ms", Bound::None)
+}
+
+fn over(rounds: &[Vec<f64>], percent: f64) -> f64 {
+    median(&rounds.iter().map(|times| percentile(times, percent)).collect::<Vec<_>>())
+}
+
+fn offer(number: usize, random: &mut StdRng) -> Result<Offer> {
+    let gpus = (0..number % 3).map(|id| GpuOffer {
+        id: id as u32,
+        kind: "nvidia".into(),
+        slots: 32,
+        encoder_slots: 32,
+    });
+    Ok(Offer {
+        node: format!("node{number}").parse().context("the name of a node")?,
+        online: random.random_range(0..50) != 0,
+        unschedulable: random.random_range(0..50) == 0,
+        architecture: "x86_64".into(),
+        tags: vec![format!("zone{}", number % 20), "ssd".into()],
+        cpus: 256.0,
+        memory_bytes: 512 << 30,
+        disk_bytes: Some(4 << 40),
+        disk_free_percent: Some(random.random_range(4.0..100.0)),
+        gpus: gpus.collect(),
+        places: 1000,
+    })
 }
 
 fn somewhere(random: &mut StdRng) -> Location {

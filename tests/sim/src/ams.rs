@@ -7,12 +7,13 @@ use fanlight_ams::cores::{
     life::{self, Action, Seen, Watch},
     model::{InstanceRecord, LaunchRecord, Session, Target},
     placement::{self, Allocations, Offer, Strategy, Wish},
+    pool::{self, Backoff},
 };
 use fanlight_api::{
     InstanceId, SessionId,
     ams::{Instance, Node},
     bus::ReportedApplication,
-    guest::Streaming,
+    guest::{PoolStart, Streaming},
 };
 
 use crate::{
@@ -31,6 +32,13 @@ const ROUND_MS: u64 = 60_000;
 /// How long a connection to the agent may be silent before a request over it has failed.
 const HTTP_MS: u64 = 5000;
 const LAST_PAUSE_MS: u64 = 5000;
+/// Pools are looked at this often.
+const POOL_MS: u64 = 700;
+/// How long a launch waits for the room of instances that were given up, and how often it looks.
+const ROOM_MS: u64 = 10_000;
+const ROOM_PAUSE_MS: u64 = 100;
+/// How long a pool waits when there is no room.
+const NO_ROOM: Duration = Duration::from_secs(10);
 
 /// What AMS tells when it is read.
 #[derive(Debug)]
@@ -56,6 +64,20 @@ pub struct Launched {
     pub idle_time_min: u32,
 }
 
+/// What an agent is told of its launch: the instance and how its placement went, or a refusal.
+type Answer = Result<(InstanceId, Result<(), String>), String>;
+
+/// A launch that is being written.
+#[derive(Clone, Debug)]
+pub struct Pending {
+    /// Whose it is: of an agent, with where its answer goes; none: of AMS itself.
+    of: Option<(Pid, u64, Launched)>,
+    /// Of the pool, as it was when it was looked at.
+    taken: Option<(InstanceId, u64)>,
+    /// It waits for room until then.
+    room_until: u64,
+}
+
 /// An AMS: its store and what it has in memory.
 pub struct Ams {
     /// The node.
@@ -65,6 +87,11 @@ pub struct Ams {
     launches: BTreeMap<String, LaunchRecord>,
     /// What was promised.
     pub allocations: Allocations,
+    /// How many instances should wait for a launch.
+    pub pool: u32,
+    backoff: Backoff,
+    /// A launch waits for room; the pool takes none before.
+    wanted_until: u64,
     revision: u64,
     tasks: BTreeMap<InstanceId, Task>,
     calls: BTreeMap<u64, InstanceId>,
@@ -94,6 +121,10 @@ pub enum AmsTimer {
     Round,
     /// Adopt what is there.
     Adopt,
+    /// Look at the pool.
+    Pool,
+    /// A launch goes on.
+    Launch(Box<Pending>),
 }
 
 enum Step {
@@ -117,12 +148,17 @@ impl Ams {
                 tags: Vec::new(),
                 cpus: rng.between(3, 12) as f64,
                 memory_bytes: 64 << 30,
-                gpu_slots: 0,
+                disk_bytes: None,
                 disk_free_percent: None,
+                gpus: Vec::new(),
+                places: 1000,
             },
             records: BTreeMap::new(),
             launches: BTreeMap::new(),
             allocations: Allocations::default(),
+            pool: if rng.chance(0.6) { rng.between(1, 3) as u32 } else { 0 },
+            backoff: Backoff::default(),
+            wanted_until: 0,
             revision: 0,
             tasks: BTreeMap::new(),
             calls: BTreeMap::new(),
@@ -133,6 +169,8 @@ impl Ams {
     pub fn forget(&mut self) {
         self.tasks.clear();
         self.calls.clear();
+        self.backoff = Backoff::default();
+        self.wanted_until = 0;
     }
 }
 
@@ -144,6 +182,7 @@ impl World {
         let delay = self.rng.between(5, 200);
         self.timer_in(pid, delay, Timer::Ams(AmsTimer::Adopt));
         self.timer_in(pid, ROUND_MS, Timer::Ams(AmsTimer::Round));
+        self.timer_in(pid, delay + POOL_MS, Timer::Ams(AmsTimer::Pool));
     }
 
     fn adopt(&mut self, cluster: usize) {
@@ -181,9 +220,9 @@ impl World {
                 self.http(pid, from, Message::Listed(call, listing.into()));
             }
             Message::Launch(call, launched) => {
-                if let Some(answer) = self.ams_launch(cluster, &launched) {
-                    self.http(pid, from, Message::LaunchAnswer(call, answer));
-                }
+                let of = Some((from, call, *launched));
+                let room_until = self.now + ROOM_MS;
+                self.ams_launch(cluster, Pending { of, taken: None, room_until });
             }
             Message::Delete(call, id, force) => {
                 if self.ams_delete(cluster, &id, force) {
@@ -206,6 +245,11 @@ impl World {
     pub fn ams_timer(&mut self, cluster: usize, timer: AmsTimer) {
         match timer {
             AmsTimer::Adopt => self.adopt(cluster),
+            AmsTimer::Launch(pending) => self.ams_launch(cluster, *pending),
+            AmsTimer::Pool => {
+                self.look_at_pool(cluster);
+                self.timer_in(Pid::Ams(cluster), POOL_MS, Timer::Ams(AmsTimer::Pool));
+            }
             AmsTimer::Round => {
                 self.sweep(cluster, false);
                 self.timer_in(Pid::Ams(cluster), ROUND_MS, Timer::Ams(AmsTimer::Round));
@@ -234,7 +278,7 @@ impl World {
         let ams = &self.ams[cluster];
         let used = ams.allocations.used();
         Listing {
-            instances: ams.records.values().map(|(record, _)| record.to_api("", Vec::new())).collect(),
+            instances: ams.records.values().map(|(record, _)| record.to_api("", "", Vec::new())).collect(),
             nodes: vec![Node {
                 status_code: 4,
                 cpus: ams.offer.cpus as u32,
@@ -251,85 +295,215 @@ impl World {
 
     // --- requests --------------------------------------------------------------------------------------------
 
-    /// A launch of the agent; nothing when AMS died over it.
-    fn ams_launch(
-        &mut self,
-        cluster: usize,
-        launched: &Launched,
-    ) -> Option<Result<(InstanceId, Result<(), String>), String>> {
-        let scope = launched.session.to_string();
-        let attempt = u64::from(launched.attempt);
-        let known = self.ams[cluster].launches.get(&scope).cloned();
-        if let Some(known) = &known
-            && !self.has(Planted::AttemptNotFenced)
-        {
-            match known.judge(attempt) {
-                Ordering::Less => return Some(Err("the attempt is too old".into())),
-                Ordering::Equal => {
-                    // The operation of the first request is answered.
-                    let there = self.ams[cluster].records.get(&known.instance);
-                    let result = match there {
-                        Some((record, _)) if record.node.is_none() => Err(record.observed.error.clone()),
-                        Some(_) => Ok(()),
-                        None => Err("instance not found".into()),
-                    };
-                    return Some(Ok((known.instance.clone(), result)));
-                }
-                Ordering::Greater => {}
-            }
-        }
-        let streaming = Streaming {
-            joinable: launched.joinable,
-            idle_time_min: launched.idle_time_min,
-            ..check::streaming(&launched.session)
-        };
-        let mut record = self.new_record(cluster, Session::Given { streaming });
-        record.tags.push(fanlight_agent::cores::LAUNCHED_TAG.into());
-        let id = record.id.clone();
-        let result = self.place(cluster, &mut record);
-        if let Some(known) = &known
-            && let Some((mut old, _)) = self.ams[cluster].records.get(&known.instance).cloned()
-            && old.intent.target != Target::Deleted
-            && !self.has(Planted::AttemptNotFenced)
-        {
-            old.intent = old.intent.delete(true, self.wall(Pid::Ams(cluster)));
-            self.ledger.cause(&old.id, Cause::Superseded);
-            self.write(cluster, old);
-        }
-        let launch = LaunchRecord {
-            attempt,
-            instance: id.clone(),
-            operation: "op".parse().expect("a valid id"),
-            at: record.created_at,
-        };
-        self.ams[cluster].launches.insert(scope, launch);
-        self.ledger.launched(&launched.session, &id, result.is_err());
-        self.write(cluster, record);
-        if !self.survives_write(Pid::Ams(cluster)) {
+    /// What a launch that was accepted before is answered again; nothing: this one is new.
+    fn known_launch(&self, cluster: usize, launched: &Launched) -> Option<Answer> {
+        let known = self.ams[cluster].launches.get(launched.session.as_str())?;
+        if self.has(Planted::AttemptNotFenced) {
             return None;
         }
-        if let Some(known) = known {
-            self.nudge(cluster, &known.instance, false);
+        match known.judge(u64::from(launched.attempt)) {
+            Ordering::Less => Some(Err("the attempt is too old".into())),
+            Ordering::Equal => {
+                // The operation of the first request is answered.
+                let result = match self.ams[cluster].records.get(&known.instance) {
+                    Some((record, _)) if record.node.is_none() => Err(record.observed.error.clone()),
+                    Some(_) => Ok(()),
+                    None => Err("instance not found".into()),
+                };
+                Some(Ok((known.instance.clone(), result)))
+            }
+            Ordering::Greater => None,
+        }
+    }
+
+    /// A launch, from its beginning or from where it waited. Between looking at the pool and writing, others write too:
+    /// there may be several units of an AMS.
+    fn ams_launch(&mut self, cluster: usize, mut pending: Pending) {
+        let pid = Pid::Ams(cluster);
+        let now = self.wall(pid);
+        if let Some((from, call, launched)) = &pending.of
+            && let Some(answer) = self.known_launch(cluster, launched)
+        {
+            let (from, call) = (*from, *call);
+            return self.http(pid, from, Message::LaunchAnswer(call, answer));
+        }
+        let session = match &pending.of {
+            None => Session::Wanted,
+            Some((_, _, launched)) => Session::Given {
+                streaming: Streaming {
+                    joinable: launched.joinable,
+                    idle_time_min: launched.idle_time_min,
+                    ..check::streaming(&launched.session)
+                },
+            },
+        };
+        let mut record = self.new_record(cluster, session);
+        if pending.of.is_some() {
+            record.tags.push(fanlight_agent::cores::LAUNCHED_TAG.into());
+        }
+        let mut result = Ok(());
+        match pending.taken.take() {
+            Some((id, revision)) => {
+                let compares = !self.has(Planted::ClaimedWithoutCompare);
+                let current = self.ams[cluster].records.get(&id);
+                let Some((waiting, _)) = current.filter(|(_, at)| *at == revision || !compares) else {
+                    // Somebody was faster.
+                    return self.timer_in(pid, 1, Timer::Ams(AmsTimer::Launch(Box::new(pending))));
+                };
+                record = pool::claim(waiting, &record, now);
+                if !self.ledger.handed_out(&id) {
+                    self.violate(format!("{id} waited and is handed out for a second time"));
+                }
+            }
+            None => {
+                if let Some(taken) = self.find_waiting(cluster, &record) {
+                    pending.taken = Some(taken);
+                    let delay = self.travel() + self.rng.below(20);
+                    return self.timer_in(pid, delay, Timer::Ams(AmsTimer::Launch(Box::new(pending))));
+                }
+                result = self.place(cluster, &mut record);
+                if result.is_err() && self.now < pending.room_until && self.make_room(cluster, &record) {
+                    return self.timer_in(
+                        pid,
+                        ROOM_PAUSE_MS,
+                        Timer::Ams(AmsTimer::Launch(Box::new(pending))),
+                    );
+                }
+            }
+        }
+        let id = record.id.clone();
+        let mut superseded = None;
+        match &pending.of {
+            None => note!(self, "AMS {cluster} makes {id} for a session to come: {result:?}"),
+            Some((_, _, launched)) => {
+                let scope = launched.session.to_string();
+                if let Some(known) = self.ams[cluster].launches.get(&scope).cloned()
+                    && let Some((mut old, _)) = self.ams[cluster].records.get(&known.instance).cloned()
+                    && old.intent.target != Target::Deleted
+                    && !self.has(Planted::AttemptNotFenced)
+                {
+                    old.intent = old.intent.delete(true, now);
+                    self.ledger.cause(&old.id, Cause::Superseded);
+                    superseded = Some(old.id.clone());
+                    self.write(cluster, old);
+                }
+                let launch = LaunchRecord {
+                    attempt: u64::from(launched.attempt),
+                    instance: id.clone(),
+                    operation: "op".parse().expect("a valid id"),
+                    at: record.created_at,
+                };
+                self.ams[cluster].launches.insert(scope, launch);
+                self.ledger.launched(&launched.session, &id, result.is_err());
+            }
+        }
+        self.write(cluster, record);
+        if !self.survives_write(pid) {
+            return;
+        }
+        if let Some(old) = superseded {
+            self.nudge(cluster, &old, false);
         }
         self.nudge(cluster, &id, true);
-        Some(Ok((id, result)))
+        if let Some((from, call, _)) = pending.of {
+            self.http(pid, from, Message::LaunchAnswer(call, Ok((id, result))));
+        }
     }
 
     /// Somebody asks AMS itself for a streamed instance.
-    pub fn ams_create(&mut self, cluster: usize) -> Option<InstanceId> {
-        if !self.process(Pid::Ams(cluster)).up {
-            return None;
+    pub fn ams_create(&mut self, cluster: usize) {
+        if self.process(Pid::Ams(cluster)).up {
+            let room_until = self.now + ROOM_MS;
+            self.ams_launch(cluster, Pending { of: None, taken: None, room_until });
         }
-        let mut record = self.new_record(cluster, Session::Wanted);
-        let id = record.id.clone();
-        let refused = self.place(cluster, &mut record).is_err();
-        note!(self, "AMS {cluster} makes {id} for a session to come, refused {refused}");
-        self.write(cluster, record);
-        if self.survives_write(Pid::Ams(cluster)) {
+    }
+
+    // --- the pool --------------------------------------------------------------------------------------------
+
+    /// The instance that has waited longest, as it is now.
+    fn find_waiting(&self, cluster: usize, launch: &InstanceRecord) -> Option<(InstanceId, u64)> {
+        let ams = &self.ams[cluster];
+        let can_have = |(record, _): &&(InstanceRecord, u64)| pool::can_have(record, launch, &[&ams.offer]);
+        let found = ams.records.values().filter(can_have);
+        let (record, revision) = found.min_by_key(|(record, _)| (record.created_at, record.id.clone()))?;
+        Some((record.id.clone(), *revision))
+    }
+
+    /// Gives waiting instances up for a launch. False: that would not help.
+    fn make_room(&mut self, cluster: usize, launch: &InstanceRecord) -> bool {
+        let ams = &self.ams[cluster];
+        let waiting: Vec<&InstanceRecord> =
+            ams.records.values().map(|(record, _)| record).filter(|record| record.is_waiting()).collect();
+        let wish = Wish { share: launch.share(), ..Wish::default() };
+        let nodes = [(ams.offer.clone(), ams.allocations.clone())];
+        let Some(going) = pool::make_room(&wish, Strategy::Spread, &nodes, &waiting) else { return false };
+        self.ams[cluster].wanted_until = self.now + 2 * ROOM_PAUSE_MS;
+        for id in &going {
+            self.give_up(cluster, id);
+        }
+        true
+    }
+
+    fn give_up(&mut self, cluster: usize, id: &InstanceId) {
+        let Some((mut record, _)) = self.ams[cluster].records.get(id).cloned() else { return };
+        if record.intent.target != Target::Deleted {
+            record.intent = record.intent.delete(true, self.wall(Pid::Ams(cluster)));
+            self.write(cluster, record);
+            self.nudge(cluster, id, true);
+        }
+    }
+
+    /// An instance for the pool.
+    fn new_waiting(&mut self, cluster: usize) -> InstanceRecord {
+        pool::waiting(self.new_record(cluster, Session::None), PoolStart::Streamer)
+    }
+
+    /// Whether the pool is as it should be: full, or there is no room for more.
+    pub fn pool_is_settled(&mut self, cluster: usize) -> bool {
+        let size = self.ams[cluster].pool as usize;
+        let template = self.new_waiting(cluster);
+        let ams = &self.ams[cluster];
+        let waiting = ams.records.values().filter(|(record, _)| record.is_waiting()).count();
+        let wish = Wish { share: template.share(), ..Wish::default() };
+        let used = ams.allocations.used();
+        let full = placement::place(&wish, Strategy::Spread, [(&ams.offer, &used)]).is_err();
+        waiting == size || (waiting < size && full)
+    }
+
+    fn look_at_pool(&mut self, cluster: usize) {
+        let (now, instant) = (self.now, self.instant());
+        let size = self.ams[cluster].pool;
+        let template = self.new_waiting(cluster);
+        let ams = &self.ams[cluster];
+        let waiting: Vec<&InstanceRecord> =
+            ams.records.values().map(|(record, _)| record).filter(|record| record.is_waiting()).collect();
+        let plan = pool::plan((size > 0).then_some((&template, size)), &waiting);
+        for id in &plan.remove {
+            self.give_up(cluster, id);
+        }
+        let ams = &mut self.ams[cluster];
+        if plan.failed > 0 {
+            ams.backoff.failed(instant);
+        }
+        if !plan.missing || ams.backoff.wait(instant).is_some() || now < ams.wanted_until {
+            return;
+        }
+        for _ in 0..plan.make {
+            let mut record = self.new_waiting(cluster);
+            if self.place(cluster, &mut record).is_err() {
+                self.ams[cluster].backoff.pause(instant, NO_ROOM);
+                return;
+            }
+            let id = record.id.clone();
+            self.write(cluster, record);
+            if !self.survives_write(Pid::Ams(cluster)) {
+                return;
+            }
             self.nudge(cluster, &id, true);
         }
-        Some(id)
     }
+
+    // --- requests about one instance -----------------------------------------------------------------------
 
     /// Somebody stops an instance of AMS's, or starts it again.
     pub fn ams_switch(&mut self, cluster: usize, id: &InstanceId, on: bool) {
@@ -384,12 +558,15 @@ impl World {
         let forgets = self.has(Planted::PlacedTwice);
         let ams = &mut self.ams[cluster];
         let wish = Wish { share: record.share(), ..Wish::default() };
-        ams.allocations.instances.remove(&record.id);
-        match placement::place(&wish, Strategy::Spread, [(&ams.offer, &ams.allocations)]).cloned() {
-            Ok(node) => {
-                record.node = Some(node);
+        let kept = ams.allocations.instances.remove(&record.id);
+        let used = ams.allocations.used();
+        match placement::place(&wish, Strategy::Spread, [(&ams.offer, &used)]) {
+            Ok(mut placed) => {
+                let place = kept.map(|share| share.place);
+                placed.share.place = place.unwrap_or_else(|| ams.allocations.free_place());
+                record.put(placed.node, placed.share);
                 if !forgets {
-                    ams.allocations.instances.insert(record.id.clone(), wish.share);
+                    ams.allocations.instances.insert(record.id.clone(), placed.share);
                 }
                 Ok(())
             }
@@ -407,8 +584,11 @@ impl World {
         let revision = ams.revision;
         let id = record.id.clone();
         let before = ams.records.get(&id).map(|(record, _)| record.clone());
-        if before.as_ref().is_some_and(InstanceRecord::holds_resources) && !record.holds_resources() {
-            ams.allocations.instances.remove(&id);
+        if before.as_ref().is_some_and(InstanceRecord::holds_resources)
+            && !record.holds_resources()
+            && let Some(share) = ams.allocations.instances.get_mut(&id)
+        {
+            *share = share.at_rest();
         }
         note!(
             self,
@@ -560,6 +740,7 @@ impl World {
                 self.http(pid, Pid::Agent(cluster), Message::AmsEvent);
                 return self.survives_write(pid).then_some(Step::Gone);
             }
+            Action::Claim => return self.claim(cluster, record),
             Action::Create => !self.engine_create(cluster, id),
             Action::Start { run } => {
                 !(self.engine_create(cluster, id)
@@ -582,6 +763,21 @@ impl World {
             self.fail(cluster, record, "the engine failed".into());
         }
         Some(Step::Again)
+    }
+
+    fn claim(&mut self, cluster: usize, record: &InstanceRecord) -> Option<Step> {
+        let Some(streaming) = record.session.streaming() else { return Some(Step::Again) };
+        match self.engine_claim(cluster, &record.id, streaming) {
+            None => return Some(Step::Retry),
+            Some(false) => self.fail(cluster, record, "the claim was refused".into()),
+            Some(true) => {
+                if !self.survives_write(Pid::Ams(cluster)) {
+                    return None;
+                }
+                self.write(cluster, InstanceRecord { pool: None, ..record.clone() });
+            }
+        }
+        self.survives_write(Pid::Ams(cluster)).then_some(Step::Again)
     }
 
     fn fail(&mut self, cluster: usize, record: &InstanceRecord, text: String) {

@@ -74,6 +74,8 @@ pub struct Ledger {
     owners: BTreeMap<InstanceId, SessionId>,
     repeats: BTreeMap<String, SessionId>,
     keys: BTreeMap<String, SessionId>,
+    /// Instances of pools that launches got.
+    handed_out: BTreeSet<InstanceId>,
     /// Since when nothing is broken.
     calm_since: Option<u64>,
 }
@@ -116,6 +118,11 @@ impl Ledger {
     /// A run of its instance is over, or none will be.
     pub fn run_over(&mut self, id: &SessionId) {
         self.facts(id).over = true;
+    }
+
+    /// A launch gets an instance of a pool. False: another one has got it already.
+    pub fn handed_out(&mut self, instance: &InstanceId) -> bool {
+        self.handed_out.insert(instance.clone())
     }
 
     /// An instance has a reason to end.
@@ -273,7 +280,8 @@ impl World {
             let session = streaming.session_id.clone();
             self.ledger.run_over(&session);
         }
-        if seen.phase == Phase::Ready {
+        // What waits may be ready for ever, and yet not be told in time whose it is.
+        if seen.phase == Phase::Ready && !record.is_claimed() {
             self.violate(format!("AMS {cluster} gives up on {}, which is ready", record.id));
         }
     }
@@ -284,12 +292,17 @@ impl World {
         let mut wrong = None;
         let mut sessions: BTreeSet<&SessionId> = BTreeSet::new();
         let mut used = Share::default();
+        let mut places = BTreeSet::new();
         for (record, _) in ams.records.values() {
             let holds = record.holds_resources();
             if holds {
                 used.cpus += record.share().cpus;
             }
-            if holds != ams.allocations.instances.contains_key(&record.id) {
+            let share = ams.allocations.instances.get(&record.id);
+            if share.is_some_and(|share| !places.insert(share.place)) {
+                wrong = Some(format!("AMS {cluster}: {} has the place of another instance", record.id));
+            }
+            if holds != share.is_some_and(|share| share.cpus > 0) {
                 wrong = Some(format!(
                     "AMS {cluster}: {} holds a share: {holds}, its node says otherwise",
                     record.id
@@ -368,17 +381,26 @@ pub fn blank_record(id: InstanceId, now: i64, session: Streamed) -> InstanceReco
         name: id.to_string(),
         id,
         created_at: now,
-        application: ApplicationRef {
+        application: Some(ApplicationRef {
             id: "app".parse().expect("a valid id"),
             name: "app".into(),
             version: 0,
-        },
+        }),
         program: Default::default(),
         config: InstanceConfig::default(),
         display: Screen::default(),
         resources: Resources { cpus: 1, memory: 1 << 30, ..Resources::default() },
         tags: Vec::new(),
         user_data: None,
+        image: Default::default(),
+        services: Vec::new(),
+        base: false,
+        copy_of: None,
+        addons: Vec::new(),
+        pool: None,
+        encoder: Default::default(),
+        place: 0,
+        gpu: None,
         node: None,
         architecture: String::new(),
         session,

@@ -36,6 +36,8 @@ pub struct Engine {
 pub struct Running {
     /// Number of the last run.
     pub run: u32,
+    /// Told apart from all other runs there ever were.
+    pub number: u64,
     /// How far it is.
     pub phase: Phase,
     /// Its streamer, while it runs.
@@ -93,6 +95,31 @@ pub enum StreamerTimer {
     Idle,
 }
 
+impl Streamer {
+    /// One that has got its session just now.
+    fn new(number: u64, streaming: &Streaming, now: u64) -> Self {
+        Self {
+            number,
+            session: streaming.session_id.clone(),
+            joinable: streaming.joinable,
+            idle_ms: match (streaming.joinable, streaming.idle_time_min) {
+                (true, 0) => None,
+                (true, minutes) => Some(u64::from(minutes) * 60_000),
+                (false, _) => Some(FIRST_CLIENT_MS),
+            },
+            connection: None,
+            pause: FIRST_PAUSE_MS,
+            links: BTreeMap::new(),
+            over: None,
+            timer_at: None,
+            current: None,
+            watcher: None,
+            had_client: false,
+            idle_since: Some(now),
+        }
+    }
+}
+
 impl Engine {
     /// How far an instance is.
     pub fn seen(&self, id: &InstanceId) -> Seen {
@@ -131,7 +158,7 @@ impl World {
         if !self.calm && self.rng.chance(bad) {
             return false;
         }
-        let idle = Running { run: 0, phase: Phase::Idle, streamer: None };
+        let idle = Running { run: 0, number: 0, phase: Phase::Idle, streamer: None };
         self.engines[cluster].instances.entry(id.clone()).or_insert(idle);
         true
     }
@@ -162,26 +189,9 @@ impl World {
             return true;
         }
         running.run = run;
+        running.number = number;
         running.phase = Phase::Starting;
-        running.streamer = streaming.map(|streaming| Streamer {
-            number,
-            session: streaming.session_id.clone(),
-            joinable: streaming.joinable,
-            idle_ms: match (streaming.joinable, streaming.idle_time_min) {
-                (true, 0) => None,
-                (true, minutes) => Some(u64::from(minutes) * 60_000),
-                (false, _) => Some(FIRST_CLIENT_MS),
-            },
-            connection: None,
-            pause: FIRST_PAUSE_MS,
-            links: BTreeMap::new(),
-            over: None,
-            timer_at: None,
-            current: None,
-            watcher: None,
-            had_client: false,
-            idle_since: Some(now),
-        });
+        running.streamer = streaming.map(|streaming| Streamer::new(number, streaming, now));
         if let Some(streaming) = streaming {
             self.ledger.runs(&streaming.session_id);
         }
@@ -197,6 +207,32 @@ impl World {
         true
     }
 
+    /// Tells a run that waits whose it is. None: it could not be told now, or its answer was lost; false: it refuses.
+    pub fn engine_claim(&mut self, cluster: usize, id: &InstanceId, streaming: &Streaming) -> Option<bool> {
+        let bad = self.weather.engine;
+        let (lost, late) = match self.calm {
+            true => (false, false),
+            false => (self.rng.chance(bad), self.rng.chance(bad)),
+        };
+        let now = self.now;
+        let running = self.engines[cluster].instances.get_mut(id)?;
+        if lost || running.phase != Phase::Ready {
+            return None;
+        }
+        let number = running.number;
+        match &running.streamer {
+            Some(streamer) if streamer.session != streaming.session_id => return Some(false),
+            Some(_) => {}
+            None => {
+                running.streamer = Some(Streamer::new(number, streaming, now));
+                self.ledger.runs(&streaming.session_id);
+                let pid = Pid::Streamer(cluster, number);
+                self.timer_in(pid, 1, Timer::Streamer(StreamerTimer::Connect));
+            }
+        }
+        (!late).then_some(true)
+    }
+
     /// Asks a run to end, and kills it after the grace.
     pub fn engine_stop(&mut self, cluster: usize, id: &InstanceId, grace: u64) {
         self.judge_end(cluster, id);
@@ -209,7 +245,7 @@ impl World {
         }
         let again = running.phase == Phase::Stopping;
         running.phase = Phase::Stopping;
-        let number = running.streamer.as_ref().map_or(0, |streamer| streamer.number);
+        let number = running.number;
         if !again {
             let takes = if self.rng.chance(0.1) { grace } else { self.rng.between(10, 1000) };
             let end = StreamerTimer::End(id.clone(), ended(EndReason::Stopped, "stopped"));
@@ -268,14 +304,15 @@ impl World {
         match timer {
             StreamerTimer::Ready(id) => {
                 let Some(running) = self.engines[cluster].instances.get_mut(&id) else { return };
-                let ours = running.streamer.as_ref().is_some_and(|streamer| streamer.number == number);
+                let ours = running.number == number;
                 if ours && running.phase == Phase::Starting {
                     running.phase = Phase::Ready;
                     self.engine_changed(cluster, &id);
                 }
             }
             StreamerTimer::End(id, ended) => {
-                let ours = self.instance_of(cluster, number).is_some_and(|found| found == id);
+                let running = self.engines[cluster].instances.get(&id);
+                let ours = running.is_some_and(|running| running.number == number);
                 if ours {
                     self.run_ends(cluster, &id, ended);
                 }

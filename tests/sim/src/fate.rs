@@ -96,6 +96,9 @@ impl World {
             return;
         }
         note!(self, "--- everybody goes");
+        for ams in &mut self.ams {
+            ams.pool = 0;
+        }
         self.sweep_out();
     }
 
@@ -160,20 +163,25 @@ impl World {
                 if !running.phase.is_live() {
                     continue;
                 }
-                match self.ams[cluster].records.get(id) {
-                    Some((record, _)) if record.intent.target != Target::Deleted => {}
-                    _ => wrong.push(format!("instance {id} runs and AMS does not want it")),
-                }
+                let waits = match self.ams[cluster].records.get(id) {
+                    Some((record, _)) if record.intent.target != Target::Deleted => record.is_waiting(),
+                    _ => {
+                        wrong.push(format!("instance {id} runs and AMS does not want it"));
+                        false
+                    }
+                };
                 if running.phase != Phase::Ready {
                     wrong.push(format!("instance {id} is {:?}", running.phase));
                 }
                 match &running.streamer {
+                    Some(_) if waits => wrong.push(format!("instance {id} waits and has a session")),
                     Some(streamer) => {
                         live.entry(&streamer.session).or_default().push((cluster, id));
                         if streamer.connection.is_none() {
                             wrong.push(format!("the streamer of {id} is not connected"));
                         }
                     }
+                    None if waits => {}
                     None => wrong.push(format!("instance {id} runs for nobody")),
                 }
             }
@@ -217,6 +225,11 @@ impl World {
         for (unit, one) in self.units.iter().enumerate() {
             if one.index.len() != self.store.sessions.len() {
                 wrong.push(format!("unit {unit} knows sessions that are gone"));
+            }
+        }
+        for cluster in 0..self.ams.len() {
+            if !self.pool_is_settled(cluster) {
+                wrong.push(format!("the pool of AMS {cluster} is not filled, or has too many"));
             }
         }
         for (cluster, ams) in self.ams.iter().enumerate() {

@@ -247,6 +247,7 @@ impl World {
                     Err(StoreFailure::Unusable) => GatewayResponse::Refused {
                         code: "internal".into(),
                         message: "the gateway's store failed".into(),
+                        status: None,
                     },
                 };
                 self.publish(Pid::Gateway(unit), from, Message::GatewaySays(call, Box::new(response)));
@@ -829,6 +830,9 @@ impl World {
                 self.store_session(unit, &id, Some(session))?;
                 Ok(GatewayResponse::Created { session_id: id, joinable: true, idle_time_min: 0 })
             }
+            GatewayRequest::CreateShare { .. }
+            | GatewayRequest::UpdateShare { .. }
+            | GatewayRequest::DeleteShare { .. } => unreachable!("nobody shares in the simulation"),
         }
     }
 

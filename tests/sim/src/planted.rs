@@ -40,11 +40,13 @@ pub enum Planted {
     IndexBelieved,
     /// What an agent tells counts although the session went to another cluster meanwhile.
     MovedNotNoticed,
+    /// A launch takes a waiting instance without looking whether it still waits.
+    ClaimedWithoutCompare,
 }
 
 impl Planted {
     /// All of them.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::LostAckIgnored,
         Self::LinkNumberReused,
         Self::EndNotRepeated,
@@ -63,6 +65,7 @@ impl Planted {
         Self::LaunchForgotten,
         Self::IndexBelieved,
         Self::MovedNotNoticed,
+        Self::ClaimedWithoutCompare,
     ];
 
     /// Its name on the command line.
@@ -86,6 +89,7 @@ impl Planted {
             Self::LaunchForgotten => "launch-forgotten",
             Self::IndexBelieved => "index-believed",
             Self::MovedNotNoticed => "moved-not-noticed",
+            Self::ClaimedWithoutCompare => "claimed-without-compare",
         }
     }
 

@@ -4,6 +4,7 @@
 //! Nothing here uses Fanlight's own libraries: what travels is written down by hand, so that a mistake in them
 //! cannot hide on both sides.
 
+pub mod browser;
 pub mod client;
 pub mod cluster;
 pub mod namespaces;

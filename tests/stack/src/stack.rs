@@ -23,10 +23,14 @@ use crate::{
 
 /// How long starting and ending may take.
 const PATIENCE: Duration = Duration::from_secs(90);
+/// The same where images are imported and applications are made in containers.
+const PATIENCE_WITH_IMAGES: Duration = Duration::from_secs(300);
 
 /// A running stack. Dropping it kills what is left; [`Stack::end`] ends it as a user would and looks for leaks.
 pub struct Stack {
     folder: TempDir,
+    /// Program and arguments that start it somewhere else, such as in a network namespace.
+    wrapper: Vec<String>,
     options: Vec<String>,
     process: Option<Child>,
     /// The gateway, with all rights.
@@ -87,6 +91,17 @@ impl Stack {
         Self::start_with(applications, options, |_| Ok(())).await
     }
 
+    /// Starts a stack by way of a program that takes the place of nothing else, such as `nsenter -t PID -n`, with the
+    /// applications in folders that the options name.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub async fn start_by(wrapper: &[&str], options: &[&str]) -> Result<Self> {
+        let folder = tempfile::Builder::new().prefix("fl-").tempdir().context("making a folder")?;
+        let of = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
+        Self::begin(folder, of(wrapper), of(options)).await
+    }
+
     /// Starts a stack after its folder was prepared; the state will be in `state` below it.
     ///
     /// # Errors
@@ -102,9 +117,13 @@ impl Stack {
         prepare(folder.path())?;
         write_applications(&folder.path().join("applications"), applications)?;
         let options = options.iter().map(|option| (*option).to_owned()).collect::<Vec<_>>();
-        let (process, variables) = launch(folder.path(), &options).await?;
+        Self::begin(folder, Vec::new(), options).await
+    }
+
+    async fn begin(folder: TempDir, wrapper: Vec<String>, options: Vec<String>) -> Result<Self> {
+        let (process, variables) = launch(folder.path(), &wrapper, &options).await?;
         let (gateway, ams) = servers(&variables)?;
-        Ok(Self { folder, options, process: Some(process), gateway, ams, variables })
+        Ok(Self { folder, wrapper, options, process: Some(process), gateway, ams, variables })
     }
 
     /// Brings more applications in while the stack runs, as packages.
@@ -187,7 +206,7 @@ impl Stack {
     /// # Errors
     /// It does not start.
     pub async fn start_again(&mut self) -> Result<()> {
-        let (process, variables) = launch(self.folder.path(), &self.options).await?;
+        let (process, variables) = launch(self.folder.path(), &self.wrapper, &self.options).await?;
         (self.gateway, self.ams) = servers(&variables)?;
         self.process = Some(process);
         self.variables = variables;
@@ -358,7 +377,11 @@ fn servers(variables: &BTreeMap<String, String>) -> Result<(Server, Server)> {
 }
 
 /// Starts `fanlight up` and waits until it is ready.
-async fn launch(folder: &Path, options: &[String]) -> Result<(Child, BTreeMap<String, String>)> {
+async fn launch(
+    folder: &Path,
+    wrapper: &[String],
+    options: &[String],
+) -> Result<(Child, BTreeMap<String, String>)> {
     let variables = folder.join("variables");
     match fs::remove_file(&variables) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -367,11 +390,26 @@ async fn launch(folder: &Path, options: &[String]) -> Result<(Child, BTreeMap<St
         _ => {}
     }
     let output = |name| fs::File::options().create(true).append(true).open(folder.join(name));
-    let mut process = Command::new(programs()?.join("fanlight"))
-        .args(["up", "--ports", "auto", "--state"])
+    let program = programs()?.join("fanlight");
+    let mut command = match wrapper {
+        [] => Command::new(program),
+        [first, rest @ ..] => {
+            let mut command = Command::new(first);
+            command.args(rest).arg(program);
+            command
+        }
+    };
+    let with_images = options.iter().any(|option| option == "--image");
+    let patience = if with_images { PATIENCE_WITH_IMAGES } else { PATIENCE };
+    let applications = folder.join("applications");
+    if applications.is_dir() {
+        command.arg("up").arg("--applications").arg(applications);
+    } else {
+        command.arg("up");
+    }
+    let mut process = command
+        .args(["--ports", "auto", "--state"])
         .arg(folder.join("state"))
-        .arg("--applications")
-        .arg(folder.join("applications"))
         .arg("--env-file")
         .arg(&variables)
         .args(options)
@@ -383,7 +421,7 @@ async fn launch(folder: &Path, options: &[String]) -> Result<(Child, BTreeMap<St
         .kill_on_drop(true)
         .spawn()
         .context("starting fanlight up")?;
-    let ready = until("fanlight up is ready", PATIENCE, || {
+    let ready = until("fanlight up is ready", patience, || {
         let ended = process.try_wait();
         let path = variables.clone();
         async move {

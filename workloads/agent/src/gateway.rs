@@ -6,15 +6,17 @@ use std::{
 };
 
 use fanlight_api::{
-    PROTOCOL_VERSION,
+    PROTOCOL_VERSION, SessionId, ShareId,
     bus::{
         AgentReport, AgentRequest, AgentResponse, AgentSessionCreated, AgentSessionsPost, GatewayRequest,
         GatewayResponse, SessionReport, SessionsReport, agent_requests, agents_report, gateway_sessions,
         sessions_report,
     },
+    gateway::ShareCreated,
 };
 use fanlight_bus::{BusError, RequestError};
 use fanlight_service::ApiError;
+use http::StatusCode;
 
 use crate::{Agent, unix_millis};
 
@@ -237,22 +239,42 @@ pub async fn create_session(
             );
             Ok(AgentSessionCreated { streaming })
         }
-        GatewayResponse::Refused { code, message } => Err(refused(&code, message)),
-        GatewayResponse::Ended => Err(ApiError::internal("the gateway answered another question")),
+        other => Err(other_answer(other)),
+    }
+}
+
+/// Makes or changes a share at a gateway.
+pub async fn share(agent: &Arc<Agent>, request: &GatewayRequest) -> Result<ShareCreated, ApiError> {
+    match ask(agent, request).await? {
+        GatewayResponse::Shared { share } => Ok(share),
+        other => Err(other_answer(other)),
+    }
+}
+
+/// Takes a share away at a gateway.
+pub async fn end_share(agent: &Arc<Agent>, session_id: SessionId, share_id: ShareId) -> Result<(), ApiError> {
+    let request = GatewayRequest::DeleteShare { agent_id: agent.id.clone(), session_id, share_id };
+    match ask(agent, &request).await? {
+        GatewayResponse::Ended => Ok(()),
+        other => Err(other_answer(other)),
     }
 }
 
 /// Tells a gateway that the instance of a session is gone.
-pub async fn end_session(agent: &Arc<Agent>, session_id: fanlight_api::SessionId) -> Result<(), ApiError> {
+pub async fn end_session(agent: &Arc<Agent>, session_id: SessionId) -> Result<(), ApiError> {
     match ask(agent, &GatewayRequest::EndSession { session_id }).await? {
         GatewayResponse::Ended => Ok(()),
-        GatewayResponse::Refused { code, message } => Err(refused(&code, message)),
-        GatewayResponse::Created { .. } => Err(ApiError::internal("the gateway answered another question")),
+        other => Err(other_answer(other)),
     }
 }
 
-fn refused(code: &str, message: String) -> ApiError {
-    ApiError::conflict("refused-by-gateway", format!("the gateway refused: {message}"))
+/// An answer that is not the one that was asked for.
+fn other_answer(answer: GatewayResponse) -> ApiError {
+    let GatewayResponse::Refused { code, message, status } = answer else {
+        return ApiError::internal("the gateway answered another question");
+    };
+    let status = status.and_then(|status| StatusCode::from_u16(status).ok()).unwrap_or(StatusCode::CONFLICT);
+    ApiError::new(status, "refused-by-gateway", format!("the gateway refused: {message}"))
         .with_reasons(serde_json::json!({ "gateway": code }))
 }
 

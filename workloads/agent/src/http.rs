@@ -8,12 +8,13 @@ use axum::{
         Path, State, WebSocketUpgrade, rejection::PathRejection, ws::rejection::WebSocketUpgradeRejection,
     },
     response::Response,
-    routing::{any, delete, get, post},
+    routing::{any, delete, get, patch, post},
 };
 use fanlight_api::{
-    SessionId,
-    bus::{AgentSessionCreated, AgentSessionsPost},
+    SessionId, ShareId,
+    bus::{AgentSessionCreated, AgentSessionsPost, GatewayRequest},
     envelope::GatewayEnvelope,
+    gateway::{ShareCreated, SharePatch, SharePost},
 };
 use fanlight_service::{
     ApiError,
@@ -31,6 +32,8 @@ pub fn router(agent: Arc<Agent>) -> Router {
         .route("/internal/1.0/health", get(health))
         .route("/internal/1.0/sessions", post(create_session))
         .route("/internal/1.0/sessions/{id}", delete(end_session))
+        .route("/internal/1.0/sessions/{id}/shares", post(create_share))
+        .route("/internal/1.0/sessions/{id}/shares/{share}", patch(update_share).delete(delete_share))
         .route(STREAM_PATH, any(open_stream))
         .with_state(agent)
 }
@@ -64,6 +67,45 @@ async fn end_session(
     let Path(id) = id.map_err(|error| ApiError::bad_request("invalid-session-id", error.body_text()))?;
     gateway::end_session(&agent, id).await?;
     Ok(Json(GatewayEnvelope::success(200, None)))
+}
+
+async fn create_share(
+    State(agent): State<Arc<Agent>>,
+    Extension(peer): Extension<Peer>,
+    id: Result<Path<SessionId>, PathRejection>,
+    Json(share): Json<SharePost>,
+) -> Result<Json<GatewayEnvelope<ShareCreated>>, ApiError> {
+    check_client(&agent, &peer)?;
+    let Path(session_id) = id.map_err(invalid_id)?;
+    let request = GatewayRequest::CreateShare { agent_id: agent.id.clone(), session_id, share };
+    Ok(Json(GatewayEnvelope::success(200, Some(gateway::share(&agent, &request).await?))))
+}
+
+async fn update_share(
+    State(agent): State<Arc<Agent>>,
+    Extension(peer): Extension<Peer>,
+    ids: Result<Path<(SessionId, ShareId)>, PathRejection>,
+    Json(patch): Json<SharePatch>,
+) -> Result<Json<GatewayEnvelope<ShareCreated>>, ApiError> {
+    check_client(&agent, &peer)?;
+    let Path((session_id, share_id)) = ids.map_err(invalid_id)?;
+    let request = GatewayRequest::UpdateShare { agent_id: agent.id.clone(), session_id, share_id, patch };
+    Ok(Json(GatewayEnvelope::success(200, Some(gateway::share(&agent, &request).await?))))
+}
+
+async fn delete_share(
+    State(agent): State<Arc<Agent>>,
+    Extension(peer): Extension<Peer>,
+    ids: Result<Path<(SessionId, ShareId)>, PathRejection>,
+) -> Result<Json<GatewayEnvelope>, ApiError> {
+    check_client(&agent, &peer)?;
+    let Path((session_id, share_id)) = ids.map_err(invalid_id)?;
+    gateway::end_share(&agent, session_id, share_id).await?;
+    Ok(Json(GatewayEnvelope::success(200, None)))
+}
+
+fn invalid_id(error: PathRejection) -> ApiError {
+    ApiError::bad_request("invalid-id", error.body_text())
 }
 
 /// Lets in whoever holds the key of a certificate that the configuration names.

@@ -3,7 +3,10 @@
 use std::time::{Duration, Instant};
 
 use fanlight_api::{
-    ams::{Application, ApplicationVersion, ImageStatus, Instance, InstanceStatus, Node, SizedResources},
+    ams::{
+        Application, ApplicationVersion, ImageStatus, Instance, InstanceStatus, Node, PoolState,
+        SizedResources,
+    },
     bus::{Capacity, Needs, ReportedApplication},
     gateway,
 };
@@ -93,7 +96,8 @@ fn gpu_slots(told: i32) -> u32 {
 
 /// Free capacity. `applications` say which instances encode in hardware.
 pub fn capacity(nodes: &[Node], instances: &[Instance], applications: &[Application]) -> Capacity {
-    let running: Vec<&Instance> = instances
+    // Those that wait in a pool take nothing from a launch: it gets one of them, or they make room for it.
+    let (waiting, running): (Vec<&Instance>, Vec<&Instance>) = instances
         .iter()
         .filter(|instance| {
             matches!(
@@ -101,7 +105,18 @@ pub fn capacity(nodes: &[Node], instances: &[Instance], applications: &[Applicat
                 InstanceStatus::Prepared | InstanceStatus::Started | InstanceStatus::Running
             )
         })
-        .collect();
+        .partition(|instance| instance.pool == Some(PoolState::Waiting));
+    let lent = |node: &Node| -> (u32, u64) {
+        waiting.iter().filter(|instance| instance.node == node.name).fold(
+            (0, 0),
+            |(cpus, memory), instance| {
+                let takes = &instance.resources;
+                (u32::saturating_add(cpus, takes.cpus), u64::saturating_add(memory, takes.memory))
+            },
+        )
+    };
+    let used_cpus = |node: &Node| node.used_cpus.saturating_sub(lent(node).0);
+    let used_memory = |node: &Node| node.used_memory_bytes.saturating_sub(lent(node).1);
     let open: Vec<&Node> =
         nodes.iter().filter(|node| node.status_code == NODE_ONLINE && !node.unschedulable).collect();
     // Without nodes nothing is known, which is not the same as nothing being free.
@@ -134,9 +149,9 @@ pub fn capacity(nodes: &[Node], instances: &[Instance], applications: &[Applicat
         free_instances: None,
         cpus: known.then(|| open.iter().map(|node| cpus(node)).sum()),
         free_cpus: known
-            .then(|| open.iter().map(|node| (cpus(node) - f64::from(node.used_cpus)).max(0.0)).sum()),
+            .then(|| open.iter().map(|node| (cpus(node) - f64::from(used_cpus(node))).max(0.0)).sum()),
         memory_bytes: known.then(|| sum(&memory)),
-        free_memory_bytes: known.then(|| sum(&|node| memory(node).saturating_sub(node.used_memory_bytes))),
+        free_memory_bytes: known.then(|| sum(&|node| memory(node).saturating_sub(used_memory(node)))),
         free_gpu_slots: known.then_some(free_gpu_slots),
         free_encoder_slots: has_encoders.then_some(free_encoder_slots),
     }
@@ -268,6 +283,31 @@ mod tests {
         let full = Node { used_cpus: 99, used_memory_bytes: u64::MAX, ..node(NODE_ONLINE, false) };
         let none = capacity(&[full], &[], &[]);
         assert_eq!((none.free_cpus, none.free_memory_bytes), (Some(0.0), Some(0)));
+    }
+
+    #[test]
+    fn what_waits_in_a_pool_counts_as_free() {
+        let node = Node {
+            name: "n".into(),
+            status_code: NODE_ONLINE,
+            cpus: 4,
+            used_cpus: 4,
+            memory: "4GB".into(),
+            used_memory_bytes: 4_000_000_000,
+            ..Node::default()
+        };
+        let instance = |pool: Option<&str>, cpus: u32| -> Instance {
+            let value = serde_json::json!({"id": "i", "name": "i", "type": "container", "node": "n",
+                "status_code": InstanceStatus::Running.code(), "status": "", "pool": pool,
+                "resources": {"cpus": cpus, "memory": 1_000_000_000}});
+            serde_json::from_value(value).expect("valid")
+        };
+        let all = [instance(Some("waiting"), 1), instance(Some("claimed"), 1), instance(None, 2)];
+        let told = capacity(&[node], &all, &[]);
+        assert_eq!(
+            (told.free_cpus, told.free_memory_bytes, told.instances),
+            (Some(1.0), Some(1_000_000_000), 2)
+        );
     }
 
     #[test]

@@ -261,6 +261,11 @@ async fn instances_of_ams_get_their_session_from_a_gateway_and_are_never_removed
                         GatewayResponse::Created { session_id: made, joinable: true, idle_time_min: 0 }
                     }
                     GatewayRequest::EndSession { .. } => GatewayResponse::Ended,
+                    other => GatewayResponse::Refused {
+                        code: "too-many-shares".into(),
+                        message: format!("{other:?}"),
+                        status: Some(403),
+                    },
                 }
             }
         })
@@ -289,6 +294,19 @@ async fn instances_of_ams_get_their_session_from_a_gateway_and_are_never_removed
 
     world.ams.set("i9", session.as_str(), InstanceStatus::Stopped, false);
     world.until_state(&session, InstanceState::Stopped).await;
+    let shares = format!("{path}/{session}/shares");
+    let (status, answer) =
+        post(&world, Some("ams-client"), &shares, &serde_json::json!({"type": "adb", "expiry_min": 5})).await;
+    let text = answer["error"].as_str().unwrap_or_default();
+    assert_eq!(
+        (status, text.contains("the gateway refused: CreateShare")),
+        (StatusCode::FORBIDDEN, true),
+        "{answer}"
+    );
+    let (status, _) = post(&world, None, &shares, &serde_json::json!({"type": "adb"})).await;
+    assert_eq!(status, StatusCode::UNAUTHORIZED);
+    let (status, answer) = delete(&world, &format!("{shares}/s-1")).await;
+    assert_eq!(status, StatusCode::FORBIDDEN, "{answer}");
     let (status, _) = delete(&world, &format!("{path}/{session}")).await;
     assert_eq!(status, StatusCode::OK);
     assert!(matches!(asked.lock().expect("whole").last(), Some(GatewayRequest::EndSession { .. })));

@@ -6,18 +6,25 @@ use std::{
     time::Duration,
 };
 
+use fanlight_api::NodeId;
 use fanlight_service::config::Validate;
 use fanlight_store::StoreConfig;
+use http::uri::Authority;
 use serde::{Deserialize, Serialize};
 
-use crate::{core::placement::Strategy, manifest, size};
+use crate::{core::placement::Strategy, engine::Bounding, manifest, size};
 
 /// Settings of AMS, from a TOML file, then from `AMS_*` variables (`AMS_STORE__URL`).
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
+    /// Name of this unit among the units of AMS, stable over restarts: 1 to 255 characters of
+    /// `a-z A-Z 0-9 - _ .`; each unit has another one.
+    pub unit: String,
     /// Address of the API (HTTPS).
     pub listen: SocketAddr,
+    /// `host:port` where the other units of AMS reach this one. Empty: `listen`, if that is one address.
+    pub advertise: String,
     /// Unix socket of the API. Empty: none.
     pub socket: PathBuf,
     /// Users who may use the socket, besides root and the user AMS runs as.
@@ -36,6 +43,8 @@ pub struct Config {
     pub agent: Agent,
     /// How instances are run.
     pub engine: Engine,
+    /// LXD, where `engine.kind` is `lxd`.
+    pub lxd: Lxd,
     /// This machine as a node.
     pub node: Node,
     /// Where media of instances goes.
@@ -84,10 +93,23 @@ pub struct Agent {
     pub key: PathBuf,
 }
 
+/// What runs instances.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EngineKind {
+    /// Processes of this machine, running its programs.
+    #[default]
+    Process,
+    /// Containers of LXD, made of images.
+    Lxd,
+}
+
 /// How instances are run.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Engine {
+    /// `process`: programs of this machine. `lxd`: containers, see `lxd`.
+    pub kind: EngineKind,
     /// Program and arguments of the shim; the folder of the instance is added. Empty: this program, `shim`.
     pub shim: Vec<String>,
     /// Program and arguments of the streamer. Empty: `fanlight-streamer run`, beside this program or in `PATH`.
@@ -98,6 +120,10 @@ pub struct Engine {
     pub first_uid: u32,
     /// How many user ids there are.
     pub uids: u32,
+    /// Whether instances that are programs of this machine are kept to the CPUs and the memory that they ask for, by
+    /// control groups. `auto`: where the machine can do it, with a warning elsewhere. `required`: or AMS does not
+    /// start. `off`: not at all.
+    pub bounds: Bounding,
     /// From the start of an instance until it must be ready.
     #[serde(with = "humantime_serde")]
     pub start_time: Duration,
@@ -128,6 +154,8 @@ pub struct Node {
     pub tags: Vec<String>,
     /// Takes no new instances.
     pub unschedulable: bool,
+    /// Ports of a node that services of instances are reached at.
+    pub service_ports: Ports,
     /// How nodes are chosen: `spread` or `binpack`.
     pub strategy: Strategy,
     /// CPUs of an instance that does not ask for another number.
@@ -136,6 +164,61 @@ pub struct Node {
     pub default_memory: String,
     /// Disk of an instance that does not ask for another size.
     pub default_disk: String,
+}
+
+/// A range of ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ports {
+    /// The first.
+    pub first: u16,
+    /// The last.
+    pub last: u16,
+}
+
+/// LXD, where instances are its containers.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Lxd {
+    /// Unix socket of LXD, or `https://host:port` of a member of its cluster.
+    pub url: String,
+    /// PEM file of the certificate that AMS shows LXD; made where there is none.
+    pub certificate: PathBuf,
+    /// PEM file of its private key.
+    pub key: PathBuf,
+    /// SHA-256 of LXD's certificate, hex. Empty with a socket.
+    pub fingerprint: String,
+    /// File with LXD's trust password, or with a token of `lxc config trust add`; read when LXD does not know AMS yet.
+    pub secret_file: PathBuf,
+    /// Project of our own.
+    pub project: String,
+    /// Storage pool of instances.
+    pub pool: String,
+    /// Bridge of instances; LXD manages it.
+    pub network: String,
+    /// Where the one server listens for its instances. Empty: the host of `lxd.url`, else the first that LXD tells. `none`:
+    /// nowhere, all clients are on the server itself and reach instances at their own addresses.
+    /// Members of a cluster listen where the cluster knows them.
+    pub address: String,
+    /// UDP ports of a node that media of instances is reached at, one each.
+    pub media_ports: Ports,
+}
+
+impl Default for Lxd {
+    fn default() -> Self {
+        Self {
+            url: "/var/snap/lxd/common/lxd/unix.socket".into(),
+            certificate: "lxd-client.crt".into(),
+            key: "lxd-client.key".into(),
+            fingerprint: String::new(),
+            secret_file: PathBuf::new(),
+            project: "fanlight".into(),
+            pool: "default".into(),
+            network: "lxdbr0".into(),
+            address: String::new(),
+            media_ports: Ports { first: 20_000, last: 29_999 },
+        }
+    }
 }
 
 /// Where media of instances goes.
@@ -177,6 +260,8 @@ pub struct Limits {
 impl Default for Config {
     fn default() -> Self {
         Self {
+            unit: "ams-0".into(),
+            advertise: String::new(),
             listen: ([127, 0, 0, 1], 8444).into(),
             socket: PathBuf::new(),
             socket_uids: Vec::new(),
@@ -187,6 +272,7 @@ impl Default for Config {
             store: StoreConfig::file("ams.redb"),
             agent: Agent::default(),
             engine: Engine::default(),
+            lxd: Lxd::default(),
             node: Node::default(),
             media: Media::default(),
             applications: Applications::default(),
@@ -204,11 +290,13 @@ impl Default for Tls {
 impl Default for Engine {
     fn default() -> Self {
         Self {
+            kind: EngineKind::Process,
             shim: Vec::new(),
             streamer: Vec::new(),
             programs: Vec::new(),
             first_uid: 200_000,
             uids: 10_000,
+            bounds: Bounding::Auto,
             start_time: Duration::from_secs(60),
             stop_time: Duration::from_secs(10),
         }
@@ -227,6 +315,7 @@ impl Default for Node {
             memory_allocation_rate: 2.0,
             tags: Vec::new(),
             unschedulable: false,
+            service_ports: Ports { first: 10_000, last: 11_000 },
             strategy: Strategy::Spread,
             default_cpus: 2,
             default_memory: "3GB".into(),
@@ -268,6 +357,14 @@ impl Validate for Config {
             }
         };
         check(
+            self.unit.parse::<NodeId>().is_err(),
+            format!("unit: {:?}: 1 to 255 characters of a-z A-Z 0-9 - _ . are allowed", self.unit),
+        );
+        check(
+            !self.advertise.is_empty() && self.advertise.parse::<Authority>().is_err(),
+            format!("advertise: {:?} is no host:port", self.advertise),
+        );
+        check(
             self.folder.as_os_str().is_empty(),
             "folder is empty: a folder for instances and packages is needed".into(),
         );
@@ -290,9 +387,24 @@ impl Validate for Config {
             check(!(rate.is_finite() && rate > 0.0), format!("{key}: {rate} is not above 0"));
         }
         check(
-            self.node.name.parse::<fanlight_api::NodeId>().is_err(),
+            self.node.name.parse::<NodeId>().is_err(),
             format!("node.name: {:?} is invalid", self.node.name),
         );
+        for (key, ports) in
+            [("node.service_ports", self.node.service_ports), ("lxd.media_ports", self.lxd.media_ports)]
+        {
+            check(
+                ports.first == 0 || ports.last < ports.first,
+                format!("{key}: {} to {} is no range of ports", ports.first, ports.last),
+            );
+        }
+        if self.engine.kind == EngineKind::Lxd {
+            check(
+                self.lxd.url.starts_with("https://") && self.lxd.fingerprint.is_empty(),
+                "lxd.fingerprint: the SHA-256 of LXD's certificate is needed with an https:// lxd.url".into(),
+            );
+            check(self.lxd.url.is_empty(), "lxd.url: a socket or an https:// address is needed".into());
+        }
         check(self.node.default_cpus == 0, "node.default_cpus: at least 1 is needed".into());
         for tag in &self.node.tags {
             check(!manifest::is_tag(tag), format!("node.tags: {tag:?} is invalid"));

@@ -5,18 +5,23 @@
 
 use std::{
     cmp::Ordering,
+    net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use fanlight_api::{
-    InstanceId, NodeId, PROTOCOL_VERSION,
-    ams::{InstancePatch, InstanceStatus, InstancesPost, Resources},
+    InstanceId, NodeId, OperationId, PROTOCOL_VERSION,
+    ams::{
+        InstancePatch, InstanceStatus, InstancesPost, Resources,
+        images::{ImageSource, ImagesPost},
+    },
     bus::AgentSessionsPost,
     gateway::{Screen, ScreenPatch},
     guest::{Guest, GuestApplication, Media},
 };
 use fanlight_store::{Compare, Op, Record, Revision, StoreError, StoreExt as _, encode};
+use futures_util::FutureExt as _;
 use tokio::sync::Notify;
 
 use crate::{
@@ -25,16 +30,22 @@ use crate::{
     core::{
         life::{self, Action, Seen, Watch},
         model::{
-            ApplicationRef, Goal, InstanceRecord, Intent, LaunchRecord, Observed, OperationRecord, Reach,
-            Session, Target, VersionRecord, extra_data, key, session_tag,
+            AddonRef, ApplicationRef, Goal, ImageRef, InstanceRecord, Intent, LaunchRecord, Observed,
+            OperationRecord, Reach, Session, Target, VersionRecord, extra_data, key, session_tag,
         },
-        placement::{self, Allocations, Refusal, Wish},
+        placement::{self, Allocations, Encoder, Placed, Refusal, Wish},
+        pool,
     },
-    engine::{EngineError, Spec},
+    engine::{EngineError, Spec, SpecAddon},
     events::unix_now,
-    manifest, size,
+    fault,
+    images::{self, ImageError},
+    manifest,
+    pools::{Claimed, Wanting},
 };
 
+/// What an image runs by itself; every image has it.
+const IMAGE_PROGRAM: &str = "/usr/lib/fanlight/session";
 /// Most bytes of `user_data`.
 const MAX_USER_DATA: usize = 10_240;
 /// Most tags of an instance.
@@ -45,6 +56,9 @@ const MAX_KEY: usize = 255;
 const ATTEMPTS: u32 = 64;
 /// How long an agent is asked to end a session of an instance that is gone.
 const END_SESSION: Duration = Duration::from_secs(600);
+/// How long a launch waits for the room of instances that were given up for it, and how often it looks.
+const ROOM_TIME: Duration = Duration::from_secs(10);
+const ROOM_PAUSE: Duration = Duration::from_millis(100);
 /// How often an instance is looked at when nothing happens.
 const TICK: Duration = Duration::from_secs(30);
 
@@ -90,6 +104,9 @@ pub enum InstanceError {
     /// The application.
     #[error(transparent)]
     Catalog(#[from] CatalogError),
+    /// The image.
+    #[error(transparent)]
+    Image(#[from] ImageError),
     /// No room.
     #[error(transparent)]
     NoRoom(#[from] Refusal),
@@ -99,16 +116,23 @@ pub enum InstanceError {
 }
 
 /// What was asked for at launch, checked.
-struct Checked {
-    record: InstanceRecord,
-    wish: Wish,
+pub(crate) struct Checked {
+    pub record: InstanceRecord,
+    pub wish: Wish,
 }
 
 impl Ams {
     /// All instances, oldest first.
-    pub(crate) async fn list_instances(&self) -> Result<Vec<InstanceRecord>, StoreError> {
-        let records = self.store.list_json::<InstanceRecord>(key::INSTANCES).await?;
-        let mut list: Vec<_> = records.into_iter().map(|(_, record)| record.value).collect();
+    pub(crate) async fn list_instances(&self) -> Result<Vec<Arc<InstanceRecord>>, StoreError> {
+        let mut list = match self.config.store.is_shared() {
+            // Others write too, and what is told may be late: who reads a list to find out what is gone must not
+            // be told an old one.
+            true => {
+                let records = self.store.list_json::<InstanceRecord>(key::INSTANCES).await?;
+                records.into_iter().map(|(_, record)| Arc::new(record.value)).collect()
+            }
+            false => self.index.list().await,
+        };
         list.sort_by(|a, b| (a.created_at, &a.id).cmp(&(b.created_at, &b.id)));
         Ok(list)
     }
@@ -130,11 +154,41 @@ impl Ams {
 
     /// An instance as answered.
     pub(crate) async fn show_instance(&self, record: &InstanceRecord) -> fanlight_api::ams::Instance {
-        let mut shown = record.to_api(self.node.address(), self.engine.logs(&record.id).await);
-        if shown.status_message.is_empty() && record.observed.status == InstanceStatus::Started {
+        let nodes = self.nodes.list().await.unwrap_or_default();
+        self.show_among(record, &nodes).await
+    }
+
+    /// An instance as answered, among these nodes.
+    pub(crate) async fn show_among(
+        &self,
+        record: &InstanceRecord,
+        nodes: &[crate::nodes::Node],
+    ) -> fanlight_api::ams::Instance {
+        let (address, public_address) = self.addresses(record, nodes).await;
+        let mut shown = record.to_api(&address, &public_address, self.engine.logs(&record.id).await);
+        let tells = match record.observed.status {
+            InstanceStatus::Started => true,
+            // Where it stays without its application, this says why that ended.
+            InstanceStatus::Running => record.config.devmode,
+            _ => false,
+        };
+        if shown.status_message.is_empty() && tells {
             shown.status_message = self.engine.status(&record.id).await;
         }
         shown
+    }
+
+    /// The address of an instance, and the public one of its node.
+    async fn addresses(&self, record: &InstanceRecord, nodes: &[crate::nodes::Node]) -> (String, String) {
+        let Some(node) = &record.node else { return Default::default() };
+        let node = nodes.iter().find(|known| known.offer.node == *node);
+        let shown = node.map(|node| {
+            let public = node.record.public_address.as_ref().unwrap_or(&self.config.node.public_address);
+            (node.machine.address.clone(), public.clone())
+        });
+        let (of_node, public_address) = shown.unwrap_or_default();
+        let own = self.engine.address(&record.id).await.map(|address| address.to_string());
+        (own.unwrap_or(of_node), public_address)
     }
 
     /// Writes down a launch. The same `idempotency_key` again is the same instance.
@@ -153,22 +207,57 @@ impl Ams {
             return Ok(operation);
         }
         let Checked { record: checked, wish } = self.check_launch(post).await?;
-        let url = checked.url();
         // Other launches of this process would only make each other begin again.
-        let _one = self.creating.lock().await;
-        for _ in 0..ATTEMPTS {
+        let mut one = Some(self.creating.lock().await);
+        let room_until = Instant::now() + ROOM_TIME;
+        let mut wanting: Option<Wanting> = None;
+        let mut conflicts = 0;
+        while conflicts < ATTEMPTS {
             let mut record = checked.clone();
             let (mut compares, mut ops) = (Vec::new(), Vec::new());
-            let name_key = key::instance_name(&record.name);
-            if self.store.get(&name_key).await?.is_some() {
-                return Err(InstanceError::Exists(record.name));
+            // What waits and can be had has its share already.
+            let waiting = self.find_waiting(&checked, &wish).await?;
+            if let Some(Record { value: waiting, revision }) = &waiting {
+                record = pool::claim(waiting, &checked, unix_now());
+                compares.push(Compare::revision(key::instance(&record.id), *revision));
+            } else {
+                compares.push(Compare::absent(key::instance(&record.id)));
             }
-            compares.push(Compare::absent(&name_key));
-            ops.push(Op::put(&name_key, encode(&name_key, &record.id)?));
-            match self.reserve(&wish, &record.id, &mut compares, &mut ops).await? {
-                Ok(node) => record.node = Some(node),
-                Err(refusal) => record.observed = life::failed(&record, refusal.to_string(), unix_now()),
+            let name_before = waiting.as_ref().map(|waiting| &waiting.value.name);
+            if name_before != Some(&record.name) {
+                let name_key = key::instance_name(&record.name);
+                if self.store.get(&name_key).await?.is_some() {
+                    return Err(InstanceError::Exists(record.name));
+                }
+                compares.push(Compare::absent(&name_key));
+                ops.push(Op::put(&name_key, encode(&name_key, &record.id)?));
+                ops.extend(name_before.map(|name| Op::delete(key::instance_name(name))));
             }
+            if waiting.is_none() {
+                match self.reserve(&wish, &record.id, &mut compares, &mut ops).await? {
+                    Ok(placed) => {
+                        record.put(placed.node, placed.share);
+                        if let Err(reason) = self.give_ports(&mut record).await? {
+                            record.node = None;
+                            record.observed = life::failed(&record, reason, unix_now());
+                        }
+                    }
+                    Err(refusal) => {
+                        if Instant::now() < room_until
+                            && let Some(wanted) = self.make_room(&wish).await?
+                        {
+                            // The room is there when they are gone; until then others may go on.
+                            wanting = Some(wanted);
+                            drop(one.take());
+                            tokio::time::sleep(ROOM_PAUSE).await;
+                            one = Some(self.creating.lock().await);
+                            continue;
+                        }
+                        record.observed = life::failed(&record, refusal.to_string(), unix_now());
+                    }
+                }
+            }
+            let url = record.url();
             let reach = match record.intent.target {
                 Target::Prepared => Reach::Prepared,
                 _ => Reach::Running { run: record.intent.run },
@@ -207,21 +296,21 @@ impl Ams {
                 ops.push(Op::put(&launch_key, encode(&launch_key, &launch)?));
             }
             let key = key::instance(&record.id);
-            compares.push(Compare::absent(&key));
             ops.push(Op::put(&key, encode(&key, &record)?));
             match self.store.transact(compares, ops).await {
                 Ok(_) => {}
-                Err(StoreError::Conflict) => continue,
+                Err(StoreError::Conflict) => {
+                    conflicts += 1;
+                    continue;
+                }
                 Err(error) => return Err(error.into()),
             }
+            drop((one, wanting));
+            let how = if waiting.is_some() { "taken from the pool" } else { "created" };
             tracing::info!(
                 instance.id = %record.id,
-                "instance {} of {} version {} was created", record.id, record.application.name, record.application.version
+                "instance {} of {} was {how}", record.id, record.program_name()
             );
-            self.events.lifecycle("instance-created", &url);
-            if record.node.is_none() {
-                self.events.lifecycle("instance-failed", &url);
-            }
             self.operations.begun(&operation);
             if let Some(old) = superseded {
                 self.nudge(&old);
@@ -284,64 +373,106 @@ impl Ams {
         Ok(Some(id.clone()))
     }
 
-    /// Finds a node and adds the share to what it has promised.
-    async fn reserve(
+    /// Finds a node and adds the share to what it has promised, with a place of its own.
+    pub(crate) async fn reserve(
         &self,
         wish: &Wish,
         id: &InstanceId,
         compares: &mut Vec<Compare>,
         ops: &mut Vec<Op>,
-    ) -> Result<Result<NodeId, Refusal>, InstanceError> {
-        let key = key::allocations(self.node.name());
-        let stored = self.store.get_json::<Allocations>(&key).await?;
-        let (mut allocations, compare) = match stored {
-            Some(stored) => (stored.value, Compare::revision(&key, stored.revision)),
-            None => (Allocations::default(), Compare::absent(&key)),
+    ) -> Result<Result<Placed, Refusal>, InstanceError> {
+        let mut nodes = Vec::new();
+        for node in self.nodes.list().await? {
+            let key = key::allocations(&node.offer.node);
+            let stored = self.store.get_json::<Allocations>(&key).await?;
+            let (mut allocations, compare) = match stored {
+                Some(stored) => (stored.value, Compare::revision(&key, stored.revision)),
+                None => (Allocations::default(), Compare::absent(&key)),
+            };
+            // What it has already, at rest, does not count against itself, and its place stays its own.
+            let kept = allocations.instances.remove(id);
+            let used = allocations.used();
+            nodes.push((node.offer, used, allocations, compare, key, kept));
+        }
+        let offers = nodes.iter().map(|(offer, used, ..)| (offer, used));
+        let mut placed = match placement::place(wish, self.settings.get().strategy, offers) {
+            Ok(placed) => placed,
+            Err(refusal) => return Ok(Err(refusal)),
         };
-        allocations.instances.remove(id);
-        let offer = self.node.offer(&self.config.folder);
-        let placed = placement::place(wish, self.config.node.strategy, [(&offer, &allocations)]).cloned();
-        if placed.is_ok() {
-            allocations.instances.insert(id.clone(), wish.share);
+        for (offer, _, mut allocations, compare, key, kept) in nodes {
+            if offer.node != placed.node {
+                continue;
+            }
+            placed.share.place = kept.map_or_else(|| allocations.free_place(), |share| share.place);
+            allocations.instances.insert(id.clone(), placed.share);
             compares.push(compare);
             ops.push(Op::put(&key, encode(&key, &allocations)?));
         }
-        Ok(placed)
+        Ok(Ok(placed))
     }
 
-    async fn check_launch(&self, post: InstancesPost) -> Result<Checked, InstanceError> {
+    /// Gives the services of an instance ports of its node that no other instance there has. The transaction that
+    /// changes the node's shares makes sure that nobody takes them at the same time.
+    pub(crate) async fn give_ports(
+        &self,
+        record: &mut InstanceRecord,
+    ) -> Result<Result<(), String>, StoreError> {
+        if record.services.is_empty() {
+            return Ok(Ok(()));
+        }
+        let mut taken = std::collections::BTreeSet::new();
+        for (_, other) in self.store.list_json::<InstanceRecord>(key::INSTANCES).await? {
+            let other = other.value;
+            if other.node == record.node && other.id != record.id {
+                for service in &other.services {
+                    taken.extend(service.node_port..=service.node_port_end.max(service.node_port));
+                }
+            }
+        }
+        let ports = &self.config.node.service_ports;
+        for service in &mut record.services {
+            let more = service.port_end.saturating_sub(service.port);
+            let found = (ports.first..=ports.last.saturating_sub(more))
+                .find(|first| (*first..=first + more).all(|port| !taken.contains(&port)));
+            let Some(first) = found else {
+                return Ok(Err(format!(
+                    "No suitable node to satisfy instance requirement available (no free ports for service {:?} of \
+                     {} to {})",
+                    service.name, ports.first, ports.last
+                )));
+            };
+            taken.extend(first..=first + more);
+            service.node_port = first;
+            service.node_port_end = if service.port_end == 0 { 0 } else { first + more };
+        }
+        Ok(Ok(()))
+    }
+
+    pub(crate) async fn check_launch(&self, post: InstancesPost) -> Result<Checked, InstanceError> {
         let invalid = |argument, reason: String| InstanceError::Invalid { argument, reason };
         let unsupported = |what: &str| {
-            Err(InstanceError::Unsupported(format!("{what} not supported by image {}", manifest::HOST_IMAGE)))
+            Err(InstanceError::Unsupported(format!("{what} not supported: no image here has it")))
         };
-        if post.source.as_ref().is_some_and(|source| !source.id.is_empty() || !source.kind.is_empty()) {
-            return Err(InstanceError::Unsupported(
-                "source not supported: instances cannot be copied".into(),
-            ));
-        }
+        let source = self.source(&post).await?;
         if !post.image_id.is_empty() && !post.app_id.is_empty() {
             return Err(invalid("image_id", "it excludes app_id".into()));
         }
-        if !post.image_id.is_empty() {
+        if !post.image_id.is_empty() && !self.engine.has_images() {
             return Err(InstanceError::Unsupported(
-                "image_id not supported: an instance needs an application".into(),
+                "image_id not supported: an instance needs an application where it runs the programs of the machine"
+                    .into(),
             ));
         }
-        if post.app_id.is_empty() {
+        if post.app_id.is_empty() && post.image_id.is_empty() && source.is_none() {
             return Err(InstanceError::Required("app_id"));
         }
-        match post.kind.as_str() {
-            "" | "container" => {}
-            "vm" => return unsupported("type vm"),
-            other => return Err(invalid("type", format!("{:?}: container is allowed", short(other)))),
-        }
+        images::check_kind(&post.kind)?;
         for (given, what) in [
-            (!post.addons.is_empty(), "addons"),
-            (!post.services.is_empty(), "services"),
+            (!post.addons.is_empty() && !self.engine.has_images(), "addons"),
+            (!post.services.is_empty() && !self.engine.has_images(), "services"),
             (!post.config.boot_package.is_empty(), "config.boot_package"),
             (!post.config.boot_activity.is_empty(), "config.boot_activity"),
             (!post.config.metrics_server.is_empty(), "config.metrics_server"),
-            (post.config.devmode, "config.devmode"),
             (post.resources.vpu_slots.is_some_and(|slots| slots > 0), "resources.vpu-slots"),
         ] {
             if given {
@@ -356,21 +487,39 @@ impl Ams {
         {
             return Err(invalid("config.platform", format!("{:?}", short(platform))));
         }
-        let application = self.catalog.find(&post.app_id).await?.value;
-        let number = match post.app_version {
-            None | Some(-1) => None,
-            Some(number) => Some(
-                u32::try_from(number)
-                    .map_err(|_| invalid("app_version", format!("{number}: a number from 0 is needed")))?,
-            ),
+        if !post.addons.is_empty() && post.image_id.is_empty() {
+            return Err(invalid("addons", "an application names its addons in its manifest".into()));
+        }
+        let what = match &source {
+            Some(source) => self.what_it_ran(source).await?,
+            None => self.what_to_run(&post).await?,
         };
-        let (number, version) = application.launchable(number).map_err(InstanceError::Missing)?;
         let pin = match post.node.as_str() {
             "" => None,
-            name if name == self.node.name().as_str() => Some(self.node.name().clone()),
-            name => return Err(InstanceError::Missing(format!("node {} not found", short(name)))),
+            name => match self.nodes.find(name).await {
+                Ok(node) => Some(node.offer.node),
+                Err(_) => return Err(InstanceError::Missing(format!("node {} not found", short(name)))),
+            },
         };
-        let resources = self.resources(&post, version)?;
+        let mut resources = self.resources(&post, &what.manifest)?;
+        if let Some(source) = &source {
+            // Its files must fit.
+            resources.disk_size = resources.disk_size.max(source.resources.disk_size);
+        }
+        let services = match post.services.is_empty() {
+            true => what.manifest.services.clone(),
+            false => manifest::check_services(post.services.clone())
+                .map_err(|reason| invalid("services", reason))?,
+        };
+        let encoder = match what.manifest.video_encoder.as_str() {
+            "gpu" => Encoder::Gpu,
+            // Who wants no slot has no share of a GPU, and so none of its encoders.
+            "gpu-preferred" if !wants_no_gpu(&post, &what.manifest) => Encoder::GpuPreferred,
+            _ => Encoder::Software,
+        };
+        if encoder == Encoder::Gpu {
+            resources.gpu_slots = resources.gpu_slots.max(1);
+        }
         if post.user_data.as_ref().is_some_and(|data| data.len() > MAX_USER_DATA) {
             return Err(invalid("user_data", format!("at most {MAX_USER_DATA} bytes are allowed")));
         }
@@ -425,18 +574,17 @@ impl Ams {
             id,
             name,
             created_at: now,
-            application: ApplicationRef {
-                id: application.id.clone(),
-                name: application.name.clone(),
-                version: number,
-            },
-            program: GuestApplication {
-                name: application.name.clone(),
-                command: version.manifest.command.clone(),
-                environment: version.manifest.environment.clone(),
-                working_directory: version.manifest.working_directory.clone(),
-                restart: version.manifest.restart,
-            },
+            application: what.application,
+            program: what.program,
+            image: what.image,
+            services,
+            base: false,
+            copy_of: source.map(|source| source.id),
+            addons: what.addons,
+            pool: None,
+            encoder,
+            place: 0,
+            gpu: None,
             config,
             display,
             resources,
@@ -454,21 +602,169 @@ impl Ams {
                 since: now,
             },
         };
-        let wish = Wish {
-            share: record.share(),
-            pin,
-            selector: application.selector(),
-            architecture: String::new(),
-        };
+        let wish = wish(&record, pin, what.selector);
         Ok(Checked { record, wish })
     }
 
+    /// The instance that is to be copied; none: the new one begins afresh.
+    async fn source(&self, post: &InstancesPost) -> Result<Option<InstanceRecord>, InstanceError> {
+        let Some(source) =
+            post.source.as_ref().filter(|source| !source.id.is_empty() || !source.kind.is_empty())
+        else {
+            return Ok(None);
+        };
+        let invalid = |argument, reason: String| InstanceError::Invalid { argument, reason };
+        if source.kind != "instance" {
+            return Err(invalid(
+                "source.type",
+                format!("{:?}: only instance is allowed", short(&source.kind)),
+            ));
+        }
+        for (given, argument) in
+            [(!post.app_id.is_empty(), "app_id"), (!post.image_id.is_empty(), "image_id")]
+        {
+            if given {
+                return Err(invalid(argument, "a copy runs what its source ran".into()));
+            }
+        }
+        let record = self.find_instance(&source.id).await?.value;
+        if record.base || record.intent.target == Target::Deleted {
+            return Err(InstanceError::Unsupported("this instance cannot be copied".into()));
+        }
+        match record.observed.status {
+            InstanceStatus::Stopped | InstanceStatus::Error => Ok(Some(record)),
+            _ => Err(InstanceError::Unsupported("instance must be stopped".into())),
+        }
+    }
+
+    /// What a copy runs: the same as its source, whatever became of the application and the image since.
+    async fn what_it_ran(&self, source: &InstanceRecord) -> Result<What, InstanceError> {
+        let mut what = What {
+            application: source.application.clone(),
+            program: source.program.clone(),
+            image: source.image.clone(),
+            manifest: manifest::Checked { video_encoder: "gpu-preferred".into(), ..Default::default() },
+            selector: Vec::new(),
+            addons: source.addons.clone(),
+        };
+        if let Some(of) = &source.application {
+            let application = self.catalog.find(of.id.as_str()).await?.value;
+            let (_, version) = application.launchable(Some(of.version)).map_err(InstanceError::Missing)?;
+            what.manifest = version.manifest.clone();
+            what.selector = application.selector();
+        }
+        Ok(what)
+    }
+
+    /// What an instance runs: a version of an application, or what its image runs by itself.
+    async fn what_to_run(&self, post: &InstancesPost) -> Result<What, InstanceError> {
+        if post.app_id.is_empty() {
+            let image = self.images.resolve(&post.image_id, post.image_version).await?;
+            let program = GuestApplication {
+                name: image.name.clone(),
+                command: vec![IMAGE_PROGRAM.into()],
+                ..GuestApplication::default()
+            };
+            let manifest = manifest::Checked { video_encoder: "gpu-preferred".into(), ..Default::default() };
+            let addons = self.addons.resolve(&post.addons).await?;
+            return Ok(What { application: None, program, image, manifest, selector: Vec::new(), addons });
+        }
+        let application = self.catalog.find(&post.app_id).await?.value;
+        let number = match post.app_version {
+            None | Some(-1) => None,
+            Some(number) => Some(u32::try_from(number).map_err(|_| InstanceError::Invalid {
+                argument: "app_version",
+                reason: format!("{number}: a number from 0 is needed"),
+            })?),
+        };
+        let (number, version) = application.launchable(number).map_err(InstanceError::Missing)?;
+        let manifest = version.manifest.clone();
+        Ok(What {
+            program: program(&application.name, version),
+            image: version.image.clone(),
+            addons: version.addons.clone(),
+            selector: application.selector(),
+            application: Some(ApplicationRef {
+                id: application.id.clone(),
+                name: application.name.clone(),
+                version: number,
+            }),
+            manifest,
+        })
+    }
+
+    /// Makes the helper in which a version of an application is made; see [`crate::bootstrap`].
+    pub(crate) async fn create_base(
+        &self,
+        application: &ApplicationRef,
+        version: &VersionRecord,
+        selector: Vec<String>,
+    ) -> Result<InstanceId, InstanceError> {
+        let id = InstanceId::generate();
+        let now = unix_now();
+        let mut record = InstanceRecord {
+            name: format!("ams-{id}"),
+            id: id.clone(),
+            created_at: now,
+            application: Some(application.clone()),
+            program: program(&application.name, version),
+            image: version.image.clone(),
+            services: Vec::new(),
+            base: true,
+            copy_of: None,
+            addons: version.addons.clone(),
+            pool: None,
+            encoder: Encoder::Software,
+            place: 0,
+            gpu: None,
+            config: Default::default(),
+            display: Screen::default(),
+            resources: self.resources(&InstancesPost::default(), &version.manifest)?,
+            tags: Vec::new(),
+            user_data: None,
+            node: None,
+            architecture: std::env::consts::ARCH.into(),
+            session: Session::None,
+            intent: Intent { target: Target::Running, run: 1, force: false, since: now },
+            observed: Observed {
+                status: InstanceStatus::Created,
+                run: 0,
+                message: String::new(),
+                error: String::new(),
+                since: now,
+            },
+        };
+        record.resources.gpu_slots = 0;
+        let wish = wish(&record, None, selector);
+        let _one = self.creating.lock().await;
+        for _ in 0..ATTEMPTS {
+            let (key, name_key) = (key::instance(&id), key::instance_name(&record.name));
+            let mut compares = vec![Compare::absent(&key), Compare::absent(&name_key)];
+            let mut ops = vec![Op::put(&name_key, encode(&name_key, &id)?)];
+            let placed = self.reserve(&wish, &id, &mut compares, &mut ops).await??;
+            record.put(placed.node, placed.share);
+            ops.push(Op::put(&key, encode(&key, &record)?));
+            match self.store.transact(compares, ops).await {
+                Ok(_) => {}
+                Err(StoreError::Conflict) => continue,
+                Err(error) => return Err(error.into()),
+            }
+            self.reconcile(&id);
+            return Ok(id);
+        }
+        Err(StoreError::Conflict.into())
+    }
+
     /// Request > application > default, each value by itself.
-    fn resources(&self, post: &InstancesPost, version: &VersionRecord) -> Result<Resources, InstanceError> {
+    fn resources(
+        &self,
+        post: &InstancesPost,
+        manifest: &manifest::Checked,
+    ) -> Result<Resources, InstanceError> {
         let invalid = |argument, value: i64| InstanceError::Invalid { argument, reason: format!("{value}") };
         let asked = &post.resources;
-        let wanted = &version.manifest.resources;
-        let node = &self.config.node;
+        let wanted = &manifest.resources;
+        let defaults = self.settings.get();
         // 0 is how some clients leave a value out.
         let positive = |argument, value: Option<i64>| match value {
             None | Some(0) => Ok(None),
@@ -477,32 +773,30 @@ impl Ams {
         let cpus = positive("resources.cpus", asked.cpus)?;
         let cpus = match cpus {
             Some(cpus) => u32::try_from(cpus).map_err(|_| invalid("resources.cpus", i64::MAX))?,
-            None => wanted.cpus.unwrap_or(node.default_cpus),
+            None => wanted.cpus.unwrap_or(defaults.default_cpus),
         };
-        let default = |text: &str| size::parse(text).unwrap_or(0);
         let memory = positive("resources.memory", asked.memory)?
             .or(wanted.memory_bytes)
-            .unwrap_or_else(|| default(&node.default_memory));
+            .unwrap_or(defaults.default_memory);
         let disk_size = positive("resources.disk_size", asked.disk_size)?
             .or(wanted.disk_bytes)
-            .unwrap_or_else(|| default(&node.default_disk));
+            .unwrap_or(defaults.default_disk);
         let gpu_slots = match asked.gpu_slots {
             None | Some(-1) => wanted.gpu_slots.unwrap_or(0),
             Some(slots) => u32::try_from(slots).map_err(|_| invalid("resources.gpu-slots", slots))?,
         };
-        let encoder_wants_gpu = u32::from(version.manifest.video_encoder == "gpu");
         Ok(Resources {
             cpus,
             memory,
             disk_size,
-            gpu_slots: i32::try_from(gpu_slots.max(encoder_wants_gpu)).unwrap_or(i32::MAX),
+            gpu_slots: i32::try_from(gpu_slots).unwrap_or(i32::MAX),
             gpu_type: if asked.gpu_type.is_empty() {
                 wanted.gpu_type.clone().unwrap_or_default()
             } else {
                 asked.gpu_type.clone()
             },
             vpu_slots: 0,
-            no_disk_reserve: asked.no_disk_reserve,
+            no_disk_reserve: asked.no_disk_reserve || wanted.no_disk_reserve,
         })
     }
 
@@ -581,11 +875,17 @@ impl Ams {
         if record.is_going() {
             return Ok(());
         }
-        let package = self.catalog.package(&record.application.id, record.application.version);
-        if !package.is_dir() {
+        if record.base {
+            return Err(InstanceError::Unsupported("starting a base instance is not supported".into()));
+        }
+        // Where there are images, what it needs is in its own.
+        if let Some(application) = &record.application
+            && record.image.sha256.is_none()
+            && !self.catalog.package(&application.id, application.version).is_dir()
+        {
             return Err(InstanceError::Missing(format!(
                 "version {} of application {} not found",
-                record.application.version, record.application.name
+                application.version, application.name
             )));
         }
         if record.session == Session::Over {
@@ -594,8 +894,9 @@ impl Ams {
             ));
         }
         if !record.holds_resources() {
-            let wish = Wish { share: record.share(), pin: record.node.clone(), ..Wish::default() };
-            record.node = Some(self.reserve(&wish, &record.id, compares, ops).await??);
+            let wish = wish(record, record.node.clone(), Vec::new());
+            let placed = self.reserve(&wish, &record.id, compares, ops).await??;
+            record.put(placed.node, placed.share);
         }
         record.start_again(unix_now());
         Ok(())
@@ -630,13 +931,15 @@ impl Ams {
         Err(StoreError::Conflict.into())
     }
 
-    /// Makes sure that an instance has its task.
+    /// Makes sure that an instance has its task, where it is this unit's to look after.
     pub(crate) fn reconcile(&self, id: &InstanceId) {
+        if !self.is_ours(id.as_str()) {
+            return;
+        }
         let notify = {
             let mut tasks = self.tasks();
-            if tasks.contains_key(id) {
-                drop(tasks);
-                return self.nudge(id);
+            if let Some(notify) = tasks.get(id) {
+                return notify.notify_one();
             }
             let notify = Arc::new(Notify::new());
             tasks.insert(id.clone(), notify.clone());
@@ -644,8 +947,15 @@ impl Ams {
         };
         let (ams, id) = (self.clone(), id.clone());
         self.shutdown.clone().spawn_until_stopped("instance", async move {
-            ams.run_instance(&id, &notify).await;
-            ams.tasks().remove(&id);
+            loop {
+                ams.run_instance(&id, &notify).await;
+                let mut tasks = ams.tasks();
+                // Who asked for a look since the last one found this task, and nobody else will take it.
+                if notify.notified().now_or_never().is_none() {
+                    tasks.remove(&id);
+                    return;
+                }
+            }
         });
     }
 
@@ -692,6 +1002,10 @@ impl Ams {
         last: &mut Option<(Action, Seen, Revision)>,
         watch: &mut Watch,
     ) -> Result<Step, StoreError> {
+        if !self.is_ours(id.as_str()) {
+            // Another unit looks after it now.
+            return Ok(Step::Gone);
+        }
         let Some(stored) = self.store.get_json::<InstanceRecord>(&key::instance(id)).await? else {
             self.operations.settle(id, None).await?;
             return Ok(Step::Gone);
@@ -738,11 +1052,21 @@ impl Ams {
             Action::AskSession => return self.ask_session(record, watched).await,
             Action::EndSession => return self.end_session(record, watched).await,
             Action::Forget => return self.forget(record, revision).await,
-            Action::Create => self.engine.create(&self.spec(record)).await,
+            Action::Claim => {
+                return match self.claim(record, revision, watched).await? {
+                    Claimed::Done => Ok(Step::Again),
+                    Claimed::Again => Ok(Step::Retry),
+                    Claimed::Refused(text) => self.fail_with(record, revision, text).await,
+                };
+            }
+            Action::Create => self.engine.create(&self.spec(record).await).await,
             Action::Start { run } => {
                 // Made again with every start: an instance that was prepared before it had a session has one now.
-                match self.engine.create(&self.spec(record)).await {
-                    Ok(()) => self.engine.start(id, run).await,
+                match self.engine.create(&self.spec(record).await).await {
+                    Ok(()) => {
+                        fault::step();
+                        self.engine.start(id, run).await
+                    }
                     Err(error) => Err(error),
                 }
             }
@@ -762,7 +1086,15 @@ impl Ams {
                 Ok(())
             }
         };
+        fault::step();
         let Err(error) = done else { return Ok(Step::Again) };
+        if let EngineError::Away { .. } = &error
+            && watched < self.config.engine.start_time
+        {
+            // What cannot be asked has refused nothing.
+            tracing::info!(instance.id = %id, "trying again: {}", fanlight_service::telemetry::chain(&error));
+            return Ok(Step::Retry);
+        }
         self.fail(record, revision, &error).await
     }
 
@@ -788,7 +1120,8 @@ impl Ams {
         Ok(Step::Again)
     }
 
-    fn spec(&self, record: &InstanceRecord) -> Spec {
+    pub(crate) async fn spec(&self, record: &InstanceRecord) -> Spec {
+        let public_address = self.public_address(record).await;
         let media = &self.config.media;
         let guest = Guest {
             version: PROTOCOL_VERSION,
@@ -802,11 +1135,52 @@ impl Ams {
                 advertise: media.advertise.clone(),
                 encoder: Some(media.encoder.clone()).filter(|encoder| !encoder.is_empty()),
             },
+            pool: record.pool.filter(|_| record.is_waiting()).map(|pool| pool.start),
+            devmode: record.config.devmode,
         };
+        let mut addons = Vec::new();
+        for addon in &record.addons {
+            addons.push(self.spec_addon(record, addon).await);
+        }
+        let package = record.application.as_ref();
         Spec {
             guest,
-            package: Some(self.catalog.package(&record.application.id, record.application.version)),
+            package: package.map(|application| self.catalog.package(&application.id, application.version)),
+            node: record.node.clone().unwrap_or_else(NodeId::generate),
+            image: record.image.sha256.clone(),
+            share: record.share(),
+            disk_bytes: record.resources.disk_size,
+            services: record.services.clone(),
+            public_address,
+            base: record.base,
+            copy_of: record.copy_of.clone(),
+            addons,
         }
+    }
+
+    async fn spec_addon(&self, record: &InstanceRecord, addon: &AddonRef) -> SpecAddon {
+        // Where there is an application they were put into its image, and a copy has what its source had.
+        let is_there = record.application.is_some() || record.copy_of.is_some();
+        let place = self.addons.package(addon);
+        let package = match is_there {
+            true => None,
+            // A later start finds what the first one brought, wherever the package lies by now.
+            false if record.intent.run > 1 => Some(place).filter(|place| place.is_dir()),
+            false => {
+                if let Err(error) = self.addons.package_here(addon).await {
+                    tracing::warn!(instance.id = %record.id, "{error}");
+                }
+                // What is missing is missed by the engine, with its place.
+                Some(place)
+            }
+        };
+        SpecAddon { name: addon.name.clone(), hook_time_s: addon.hook_time_s, package }
+    }
+
+    /// Where clients reach the node of an instance, if that is set and is an address.
+    async fn public_address(&self, record: &InstanceRecord) -> Option<IpAddr> {
+        let nodes = self.nodes.list().await.unwrap_or_default();
+        self.addresses(record, &nodes).await.1.parse().ok()
     }
 
     /// Writes what was seen, and gives resources back in the same transaction. None: somebody else was faster.
@@ -820,38 +1194,42 @@ impl Ams {
         let mut compares = vec![Compare::revision(&key, revision)];
         let mut ops = vec![Op::put(&key, encode(&key, after)?)];
         if before.holds_resources() && !after.holds_resources() {
-            self.release(after, &mut compares, &mut ops).await?;
+            self.release(after, true, &mut compares, &mut ops).await?;
         }
         let committed = match self.store.transact(compares, ops).await {
             Ok(committed) => committed,
             Err(StoreError::Conflict) => return Ok(None),
             Err(error) => return Err(error),
         };
-        if let Some(event) = life::events(before.observed.status, after.observed.status) {
+        if life::events(before.observed.status, after.observed.status).is_some() {
             let took = after.observed.since - after.intent.since;
             tracing::info!(
                 instance.id = %after.id, status = after.observed.status.as_str(), since_request_s = took,
                 "instance {} is {}{}{}", after.id, after.observed.status.as_str(),
                 if after.observed.error.is_empty() { "" } else { ": " }, after.observed.error
             );
-            self.events.lifecycle(event, &after.url());
         }
         Ok(Some(committed.revision))
     }
 
+    /// Gives back what an instance was promised; at rest it keeps its disk and its place.
     async fn release(
         &self,
         record: &InstanceRecord,
+        rest: bool,
         compares: &mut Vec<Compare>,
         ops: &mut Vec<Op>,
     ) -> Result<(), StoreError> {
         let Some(node) = &record.node else { return Ok(()) };
         let key = key::allocations(node);
         let Some(mut stored) = self.store.get_json::<Allocations>(&key).await? else { return Ok(()) };
-        if stored.value.instances.remove(&record.id).is_some() {
-            compares.push(Compare::revision(&key, stored.revision));
-            ops.push(Op::put(&key, encode(&key, &stored.value)?));
+        let instances = &mut stored.value.instances;
+        let Some(share) = instances.remove(&record.id) else { return Ok(()) };
+        if rest {
+            instances.insert(record.id.clone(), share.at_rest());
         }
+        compares.push(Compare::revision(&key, stored.revision));
+        ops.push(Op::put(&key, encode(&key, &stored.value)?));
         Ok(())
     }
 
@@ -859,7 +1237,7 @@ impl Ams {
         let key = key::instance(&record.id);
         let mut compares = vec![Compare::revision(&key, revision)];
         let mut ops = vec![Op::delete(&key), Op::delete(key::instance_name(&record.name))];
-        self.release(record, &mut compares, &mut ops).await?;
+        self.release(record, false, &mut compares, &mut ops).await?;
         match self.store.transact(compares, ops).await {
             Ok(_) | Err(StoreError::Conflict) => {}
             Err(error) => return Err(error),
@@ -867,10 +1245,63 @@ impl Ams {
         if self.store.get(&key).await?.is_none() {
             tracing::info!(instance.id = %record.id, "instance {} was removed", record.id);
             self.operations.settle(&record.id, None).await?;
-            self.events.lifecycle("instance-removed", &record.url());
             return Ok(Step::Gone);
         }
         Ok(Step::Again)
+    }
+
+    /// Makes an image of a stopped instance; one that runs is stopped first where that is forced.
+    pub(crate) async fn publish_instance(
+        &self,
+        post: &ImagesPost,
+        source: &ImageSource,
+    ) -> Result<OperationRecord, InstanceError> {
+        use InstanceStatus as S;
+        let record = self.find_instance(&source.instance).await?.value;
+        let name = if post.name.is_empty() { record.id.to_string() } else { post.name.clone() };
+        if !manifest::is_object_name(&name) {
+            return Err(InstanceError::Required("name"));
+        }
+        let post = ImagesPost { name, ..post.clone() };
+        if !matches!(record.observed.status, S::Stopped | S::Error) {
+            if !source.force {
+                return Err(InstanceError::Unsupported("instance must be stopped".into()));
+            }
+            let stop = InstancePatch { desired_status: Some("stopped".into()), ..InstancePatch::default() };
+            self.patch_instance(record.id.as_str(), &stop, false).await?;
+        }
+        let (operation, write) =
+            self.operations.prepare("Publishing instance", "instances", &record.url(), None);
+        self.store.transact(Vec::new(), vec![write]).await?;
+        self.operations.begun(&operation);
+        let (ams, id) = (self.clone(), operation.operation.id.clone());
+        self.shutdown.spawn_until_stopped("publish", async move {
+            let published = ams.publish_stopped(&record.id, &post, &id).await;
+            if let Err(error) = published
+                && let Err(error) = ams.operations.finish(&id, Err(error)).await
+            {
+                tracing::warn!("ending the operation of image {}: {error}", post.name);
+            }
+        });
+        Ok(operation)
+    }
+
+    async fn publish_stopped(
+        &self,
+        id: &InstanceId,
+        post: &ImagesPost,
+        operation: &OperationId,
+    ) -> Result<(), String> {
+        let deadline = tokio::time::Instant::now() + self.config.engine.stop_time + Duration::from_secs(30);
+        while self.engine.seen(id).await.phase.is_live() {
+            if tokio::time::Instant::now() > deadline {
+                return Err("the instance does not stop".into());
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        let sha256 =
+            self.engine.publish(id).await.map_err(|error| fanlight_service::telemetry::chain(&error))?;
+        self.images.publish(post, operation, sha256).await.map_err(|error| error.to_string())
     }
 
     async fn ask_session(&self, record: &InstanceRecord, watched: Duration) -> Result<Step, StoreError> {
@@ -884,7 +1315,7 @@ impl Ams {
         };
         let request = AgentSessionsPost {
             instance_id: record.id.clone(),
-            app: record.application.name.clone(),
+            app: record.program_name().to_owned(),
             display: record.display,
         };
         match agent.create_session(&request).await {
@@ -935,6 +1366,47 @@ impl Ams {
             })
             .await?;
         Ok(Step::Again)
+    }
+}
+
+/// What a launch asked for.
+struct What {
+    application: Option<ApplicationRef>,
+    program: GuestApplication,
+    image: ImageRef,
+    manifest: manifest::Checked,
+    selector: Vec<String>,
+    addons: Vec<AddonRef>,
+}
+
+/// Whether it was said that no slot of a GPU is to be taken, which is more than not asking for one.
+fn wants_no_gpu(post: &InstancesPost, manifest: &manifest::Checked) -> bool {
+    match post.resources.gpu_slots {
+        None | Some(-1) => manifest.resources.gpu_slots == Some(0),
+        Some(slots) => slots == 0,
+    }
+}
+
+fn program(name: &str, version: &VersionRecord) -> GuestApplication {
+    GuestApplication {
+        name: name.to_owned(),
+        command: version.manifest.command.clone(),
+        environment: version.manifest.environment.clone(),
+        working_directory: version.manifest.working_directory.clone(),
+        restart: version.manifest.restart,
+        hook_time_s: Some(version.manifest.hook_time().as_secs()),
+    }
+}
+
+fn wish(record: &InstanceRecord, pin: Option<NodeId>, selector: Vec<String>) -> Wish {
+    Wish {
+        share: record.share(),
+        encoder: record.encoder,
+        gpu_kind: record.resources.gpu_type.clone(),
+        pin,
+        selector,
+        // That of the image; all images are of the architecture of AMS.
+        architecture: if record.image.sha256.is_some() { record.architecture.clone() } else { String::new() },
     }
 }
 
@@ -994,7 +1466,29 @@ fn short(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use fanlight_api::ams::ResourcesPost;
+
     use super::*;
+
+    #[test]
+    fn no_slot_of_a_gpu_is_wanted_only_where_that_was_said_and_a_launch_says_it_last() {
+        for (launch, application, wants_none) in [
+            (None, None, false),
+            (Some(-1), None, false),
+            (Some(0), None, true),
+            (Some(0), Some(1), true),
+            (None, Some(0), true),
+            (Some(-1), Some(0), true),
+            (Some(1), Some(0), false),
+            (None, Some(1), false),
+        ] {
+            let resources = ResourcesPost { gpu_slots: launch, ..ResourcesPost::default() };
+            let post = InstancesPost { resources, ..InstancesPost::default() };
+            let wanted = manifest::Wanted { gpu_slots: application, ..manifest::Wanted::default() };
+            let manifest = manifest::Checked { resources: wanted, ..manifest::Checked::default() };
+            assert_eq!(wants_no_gpu(&post, &manifest), wants_none, "{launch:?} {application:?}");
+        }
+    }
 
     #[test]
     fn idempotency_keys_are_a_scope_and_an_attempt() {

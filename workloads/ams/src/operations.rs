@@ -18,12 +18,21 @@ use crate::{
     core::{
         life,
         model::{Goal, InstanceRecord, OperationRecord, key},
+        units::Units,
     },
     events::{Events, timestamp, unix_now},
+    http::End,
 };
+
+tokio::task_local! {
+    /// How the caller of the request at hand calls instances, where that is not `instances`.
+    pub static CALLED: &'static str;
+}
 
 /// How long a finished operation is kept at least, seconds.
 const KEEP_S: i64 = 600;
+/// How long a unit may be away before what it worked on counts as lost, seconds.
+const ORPHAN_S: i64 = 60;
 /// How many finished operations are kept at least.
 const KEEP: usize = 1000;
 
@@ -34,6 +43,7 @@ pub struct Operations {
 }
 
 struct Inner {
+    unit: String,
     store: Handle,
     events: Events,
     /// Those that wait for something of an instance.
@@ -41,21 +51,61 @@ struct Inner {
 }
 
 impl Operations {
-    /// Takes up what is in the store. What somebody of the process before was working on by itself has failed.
+    /// Takes up what is in the store. What this unit was working on by itself when it ended has failed.
     ///
     /// # Errors
     /// The store cannot be read or written.
-    pub async fn open(store: Handle, events: Events) -> Result<Self, StoreError> {
-        let operations = Self { inner: Arc::new(Inner { store, events, pending: Mutex::default() }) };
+    pub async fn open(unit: &str, store: Handle, events: Events) -> Result<Self, StoreError> {
+        let unit = unit.to_owned();
+        let operations = Self { inner: Arc::new(Inner { unit, store, events, pending: Mutex::default() }) };
         for (_, record) in operations.inner.store.list_json::<OperationRecord>(key::OPERATIONS).await? {
             let record = record.value;
             match &record.goal {
                 _ if record.operation.is_final() => {}
                 Some(goal) => operations.wait_for(&goal.instance, &record.operation.id),
-                None => operations.finish(&record.operation.id, Err("AMS was restarted".into())).await?,
+                None if record.unit.is_empty() || record.unit == operations.inner.unit => {
+                    operations.finish(&record.operation.id, Err("AMS was restarted".into())).await?;
+                }
+                None => {}
             }
         }
         Ok(operations)
+    }
+
+    /// Ends what units worked on that are there no more.
+    ///
+    /// # Errors
+    /// The store cannot be read or written.
+    pub async fn end_orphans(&self, units: &Units, now: i64) -> Result<(), StoreError> {
+        for (_, record) in self.inner.store.list_json::<OperationRecord>(key::OPERATIONS).await? {
+            let record = record.value;
+            let orphan = !record.operation.is_final()
+                && record.goal.is_none()
+                && !record.unit.is_empty()
+                && !units.is_live(&record.unit)
+                && record.at + ORPHAN_S < now;
+            if orphan && units.is_ours(record.operation.id.as_str()) {
+                let text = format!("the unit {} of AMS that worked on it is gone", record.unit);
+                self.finish(&record.operation.id, Err(text)).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The store told of an operation, of this unit or of another: it is told on. Gives the instance that has to be
+    /// looked at, because the operation waits for it.
+    pub fn learn(&self, record: &OperationRecord) -> Option<InstanceId> {
+        let waits = record.goal.as_ref().filter(|_| !record.operation.is_final());
+        if let Some(goal) = waits {
+            self.wait_for(&goal.instance, &record.operation.id);
+        }
+        self.inner.events.operation(&record.operation);
+        waits.map(|goal| goal.instance.clone())
+    }
+
+    /// Instances that operations wait for, whether they are there or not.
+    pub fn waited_for(&self) -> Vec<InstanceId> {
+        self.pending().keys().cloned().collect()
     }
 
     fn pending(&self) -> MutexGuard<'_, HashMap<InstanceId, Vec<OperationId>>> {
@@ -63,7 +113,11 @@ impl Operations {
     }
 
     fn wait_for(&self, instance: &InstanceId, operation: &OperationId) {
-        self.pending().entry(instance.clone()).or_default().push(operation.clone());
+        let mut pending = self.pending();
+        let list = pending.entry(instance.clone()).or_default();
+        if !list.contains(operation) {
+            list.push(operation.clone());
+        }
     }
 
     /// A new operation and the write that makes it last, for a transaction of the caller. Once that is through,
@@ -76,6 +130,12 @@ impl Operations {
         goal: Option<Goal>,
     ) -> (OperationRecord, Op) {
         let now = Some(timestamp(SystemTime::now()));
+        let (kind, url) = match CALLED.try_with(|called| *called) {
+            Ok(called) if kind == "instances" => {
+                (called, url.replacen("/1.0/instances/", &format!("/1.0/{called}/"), 1))
+            }
+            _ => (kind, url.to_owned()),
+        };
         let operation = Operation {
             id: uuid(),
             class: "task".into(),
@@ -84,13 +144,13 @@ impl Operations {
             updated_at: now,
             status: status::text(status::RUNNING).into(),
             status_code: status::RUNNING,
-            resources: BTreeMap::from([(kind.to_owned(), vec![url.to_owned()])]),
+            resources: BTreeMap::from([(kind.to_owned(), vec![url])]),
             metadata: None,
             may_cancel: false,
             err: String::new(),
             server_address: String::new(),
         };
-        let record = OperationRecord { operation, goal, at: unix_now() };
+        let record = OperationRecord { operation, goal, unit: self.inner.unit.clone(), at: unix_now() };
         let op = put(&record);
         (record, op)
     }
@@ -109,12 +169,52 @@ impl Operations {
         (record, op)
     }
 
-    /// The operation is in the store: tell, and wait for its goal.
+    /// The operation is in the store: wait for its goal. Who follows the store tells of it.
     pub fn begun(&self, record: &OperationRecord) {
         if let Some(goal) = record.goal.as_ref().filter(|_| !record.operation.is_final()) {
             self.wait_for(&goal.instance, &record.operation.id);
         }
-        self.inner.events.operation(&record.operation);
+    }
+
+    /// A new operation of a program that runs in an instance. What opens its streams is no part of it.
+    ///
+    /// # Errors
+    /// The store cannot be written.
+    pub(crate) async fn begin_exec(&self, url: &str) -> Result<OperationRecord, StoreError> {
+        let (mut record, _) = self.prepare("Running a program", "instances", url, None);
+        record.operation.class = "websocket".into();
+        record.operation.may_cancel = true;
+        self.inner.store.transact(Vec::new(), vec![put(&record)]).await?;
+        Ok(record)
+    }
+
+    /// The program has ended, or did not run.
+    ///
+    /// # Errors
+    /// The store cannot be written.
+    pub(crate) async fn end_exec(&self, id: &OperationId, how: End) -> Result<(), StoreError> {
+        self.inner
+            .store
+            .update_json::<OperationRecord, _, _>(&key::operation(id), |record| {
+                let mut record = record?;
+                if !record.operation.is_final() {
+                    let result = match &how {
+                        End::Status(_) => Ok(()),
+                        End::Cancelled => Err("Operation cancelled".into()),
+                        End::Failed(text) => Err(text.clone()),
+                    };
+                    end(&mut record, result);
+                    record.operation.metadata = how.metadata();
+                    record.operation.may_cancel = false;
+                    if matches!(how, End::Cancelled) {
+                        record.operation.status_code = status::CANCELLED;
+                        record.operation.status = status::text(status::CANCELLED).into();
+                    }
+                }
+                Some(record)
+            })
+            .await?;
+        Ok(())
     }
 
     /// Ends an operation. One that has ended already stays as it is.
@@ -122,22 +222,16 @@ impl Operations {
     /// # Errors
     /// The store cannot be written.
     pub async fn finish(&self, id: &OperationId, result: Result<(), String>) -> Result<(), StoreError> {
-        let mut changed = false;
-        let ended = self
-            .inner
+        self.inner
             .store
             .update_json::<OperationRecord, _, _>(&key::operation(id), |record| {
                 let mut record = record?;
-                changed = !record.operation.is_final();
-                if changed {
+                if !record.operation.is_final() {
                     end(&mut record, result.clone());
                 }
                 Some(record)
             })
             .await?;
-        if let Some(ended) = ended.filter(|_| changed) {
-            self.inner.events.operation(&ended.value.operation);
-        }
         Ok(())
     }
 

@@ -11,6 +11,8 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
+use sha2::{Digest as _, Sha256};
+
 /// How much larger than the archive its content may be, from [`RATIO_FROM`] on.
 const MAX_RATIO: u64 = 200;
 /// Below this many bytes the ratio says nothing: empty files compress well.
@@ -18,6 +20,60 @@ const RATIO_FROM: u64 = 16 << 20;
 
 /// Padding behind the end of a tar, bytes.
 const MAX_PADDING: u64 = 1 << 20;
+
+/// Makes the same files in another folder, which is there and empty. They share their content, which is never written
+/// again.
+///
+/// # Errors
+/// The disk does not take it.
+pub fn copy(from: &Path, to: &Path) -> io::Result<()> {
+    for entry in std::fs::read_dir(from)? {
+        let entry = entry?;
+        let (kind, place) = (entry.file_type()?, to.join(entry.file_name()));
+        if kind.is_dir() {
+            std::fs::create_dir(&place)?;
+            copy(&entry.path(), &place)?;
+            std::fs::set_permissions(&place, entry.metadata()?.permissions())?;
+        } else if kind.is_symlink() {
+            std::os::unix::fs::symlink(std::fs::read_link(entry.path())?, &place)?;
+        } else if std::fs::hard_link(entry.path(), &place).is_err() {
+            // Too many names of one file, or another disk.
+            std::fs::copy(entry.path(), &place)?;
+        }
+    }
+    Ok(())
+}
+
+/// Packs a folder again, as tar with bzip2. Links stay links; owners and times are left out.
+///
+/// # Errors
+/// The folder cannot be read, or the archive cannot be written.
+pub fn pack(folder: &Path, file: &mut File) -> io::Result<()> {
+    let mut builder = tar::Builder::new(bzip2::write::BzEncoder::new(file, bzip2::Compression::fast()));
+    builder.follow_symlinks(false);
+    builder.mode(tar::HeaderMode::Deterministic);
+    builder.append_dir_all("", folder)?;
+    builder.into_inner()?.finish()?;
+    Ok(())
+}
+
+/// Packs a folder again, as tar, into a file without a name, and gives its SHA-256. Links stay links; owners and times
+/// are left out.
+///
+/// # Errors
+/// The folder cannot be read, or the archive cannot be written.
+pub fn tar(folder: &Path, place: &Path) -> io::Result<(File, String)> {
+    let mut builder = tar::Builder::new(tempfile::tempfile_in(place)?);
+    builder.follow_symlinks(false);
+    builder.mode(tar::HeaderMode::Deterministic);
+    builder.append_dir_all("", folder)?;
+    let mut file = builder.into_inner()?;
+    let mut digest = Sha256::new();
+    file.rewind()?;
+    io::copy(&mut file, &mut digest)?;
+    file.rewind()?;
+    Ok((file, hex::encode(digest.finalize())))
+}
 
 /// Bounds of a package.
 #[derive(Clone, Copy, Debug)]
@@ -459,5 +515,23 @@ mod tests {
         for bad in [&b""[..], b"PK\x03\x04rubbish", b"BZhrubbish", b"name: x\ncommand: y\n", &[0; 600]] {
             assert!(try_unpack(bad, Limits::default()).1.is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn a_packed_folder_is_unpacked_to_the_same_files_and_links() {
+        let [from, to] = [(), ()].map(|()| tempfile::tempdir().expect("a folder"));
+        fs::create_dir(from.path().join("bin")).expect("made");
+        fs::write(from.path().join("bin/run"), "program").expect("written");
+        fs::set_permissions(from.path().join("bin/run"), fs::Permissions::from_mode(0o755)).expect("set");
+        fs::write(from.path().join("manifest.yaml"), "name: one").expect("written");
+        std::os::unix::fs::symlink("bin/run", from.path().join("link")).expect("linked");
+        let mut archive = tempfile::tempfile().expect("a file");
+        pack(from.path(), &mut archive).expect("packed");
+        unpack(&mut archive, to.path(), Limits::default()).expect("unpacked");
+        assert_eq!(fs::read_to_string(to.path().join("bin/run")).expect("read"), "program");
+        assert_eq!(fs::read_to_string(to.path().join("manifest.yaml")).expect("read"), "name: one");
+        assert_eq!(fs::read_link(to.path().join("link")).expect("a link"), Path::new("bin/run"));
+        let mode = fs::metadata(to.path().join("bin/run")).expect("there").permissions().mode();
+        assert_eq!(mode & 0o111, 0o111, "a program stays one");
     }
 }

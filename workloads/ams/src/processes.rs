@@ -68,6 +68,15 @@ pub fn children(parent: i32) -> Vec<Identity> {
     found
 }
 
+/// Processes that were started with exactly this command line.
+pub fn with_command(command: &[String]) -> Vec<Identity> {
+    let line: Vec<u8> = command.iter().flat_map(|word| word.bytes().chain([0])).collect();
+    all()
+        .filter(|pid| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|found| found == line))
+        .filter_map(Identity::of)
+        .collect()
+}
+
 /// Every process id there is.
 fn all() -> impl Iterator<Item = i32> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
@@ -91,6 +100,16 @@ fn parse_stat(text: &str) -> Option<Stat> {
 
 fn boot_id() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}
+
+/// Makes this process, and what it starts, end by the keys and by the end of a terminal again. What a script starts in
+/// its background ignores these signals, and hands that on to everything below it.
+pub fn hear_signals() {
+    for number in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT] {
+        // SAFETY: no handler of ours is replaced that anybody waits for: this is called before there are any, or between
+        // fork and exec, where it is allowed.
+        unsafe { libc::signal(number, libc::SIG_DFL) };
+    }
 }
 
 #[cfg(test)]

@@ -4,9 +4,16 @@ use std::{net::IpAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::amc::cli as amc;
+
+/// What scripts may go by.
+const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed; 2 what was typed makes no sense; 3 there is no such object; \
+    4 not permitted. exec, shell and logs that run a program in an instance end with the exit code of the program, \
+    128 + n where signal n ended it.";
+
 /// Streams graphical applications to browsers.
 #[derive(Debug, Parser)]
-#[command(name = "fanlight", version, max_term_width = 100)]
+#[command(name = "fanlight", version, max_term_width = 100, after_help = EXIT_CODES)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -46,11 +53,94 @@ pub enum Command {
         #[command(subcommand)]
         command: ConfigCommand,
     },
-    /// Instances of AMS.
-    Instance {
+    /// Launch an instance, and wait until it runs.
+    Launch(amc::Launch),
+    /// Make an instance that is not started.
+    Init(amc::Launch),
+    /// Make an instance with the files of another one.
+    Copy(amc::CopyInstance),
+    /// List the instances.
+    #[command(visible_alias = "list")]
+    Ls(amc::FilteredList),
+    /// Show an instance.
+    Show(amc::ShowInstance),
+    /// Wait for an instance.
+    Wait(amc::WaitFor),
+    /// Start instances that are stopped.
+    Start(amc::Change),
+    /// Stop instances.
+    Stop(amc::Change),
+    /// Stop instances and start them again.
+    Restart(amc::Change),
+    /// Delete instances.
+    Delete(amc::DeleteInstances),
+    /// Change a setting of an instance.
+    Set(amc::Set),
+    /// Print what an instance says, as it says it or as it was kept.
+    Logs(amc::Logs),
+    /// Print a log that is kept of an instance.
+    ShowLog(amc::ShowLog),
+    /// Run a program in an instance.
+    Exec(amc::Exec),
+    /// Run a login shell in an instance.
+    Shell(amc::Shell),
+    /// Copy files into instances and out of them.
+    File {
         /// What to do with them.
         #[command(subcommand)]
-        command: InstanceCommand,
+        command: amc::FileCommand,
+    },
+    /// Applications of AMS.
+    Application {
+        /// What to do with them.
+        #[command(subcommand)]
+        command: amc::ApplicationCommand,
+    },
+    /// Images of AMS.
+    Image {
+        /// What to do with them.
+        #[command(subcommand)]
+        command: amc::ImageCommand,
+    },
+    /// Addons of AMS.
+    Addon {
+        /// What to do with them.
+        #[command(subcommand)]
+        command: amc::AddonCommand,
+    },
+    /// Machines that host instances.
+    Node {
+        /// What to do with them.
+        #[command(subcommand)]
+        command: amc::NodeCommand,
+    },
+    /// AMS itself: what it is, its configuration, its operations.
+    Ams {
+        /// What to do with it.
+        #[command(subcommand)]
+        command: amc::AmsCommand,
+    },
+    /// Who AMS lets in, and what they may do.
+    Auth {
+        /// What to do.
+        #[command(subcommand)]
+        command: amc::AuthCommand,
+    },
+    /// AMS elsewhere.
+    Remote {
+        /// What to do with them.
+        #[command(subcommand)]
+        command: amc::RemoteCommand,
+    },
+    /// Print the events of AMS as they come.
+    Monitor(amc::Monitor),
+    /// Measure how long launches take, and print it as JSON.
+    Benchmark(amc::Benchmark),
+    /// Print what a shell must read to complete commands, options and names: `source <(fanlight completion bash)`.
+    Completion {
+        /// Which shell
+        #[arg(value_parser = ["bash", "elvish", "fish", "powershell", "zsh"])]
+        shell: String,
     },
     /// Check the path that a stream takes from here, and name the step that is broken.
     Doctor(Doctor),
@@ -99,6 +189,19 @@ pub struct Up {
     /// File with the secret shared with these TURN servers (Coturn: static-auth-secret).
     #[arg(long, value_name = "FILE", requires = "turn")]
     pub turn_secret: Option<PathBuf>,
+    /// Run instances as containers of LXD and not as processes: the unix socket of LXD.
+    #[arg(long, value_name = "SOCKET")]
+    pub lxd: Option<PathBuf>,
+    /// Storage pool of LXD for instances.
+    #[arg(long, value_name = "POOL", requires = "lxd", default_value = "default")]
+    pub lxd_pool: String,
+    /// Bridge of LXD for instances.
+    #[arg(long, value_name = "NETWORK", requires = "lxd", default_value = "lxdbr0")]
+    pub lxd_network: String,
+    /// Image that instances are made of, as `fanlight image build` makes it; without it the default image that AMS
+    /// has already.
+    #[arg(long, value_name = "FILE", requires = "lxd")]
+    pub image: Option<PathBuf>,
     /// Return when everything is ready; `down` ends it.
     #[arg(long)]
     pub detach: bool,
@@ -263,34 +366,5 @@ pub enum ConfigCommand {
         name: String,
         /// Its value; empty for the default.
         value: String,
-    },
-}
-
-/// Commands about instances.
-#[derive(Debug, Subcommand)]
-pub enum InstanceCommand {
-    /// List the instances.
-    List {
-        /// Which stack.
-        #[command(flatten)]
-        stack: Stack,
-    },
-    /// Print a log of an instance, or the names of its logs.
-    Logs {
-        /// Which stack.
-        #[command(flatten)]
-        stack: Stack,
-        /// Id or name of the instance.
-        id: String,
-        /// Name of the log.
-        log: Option<String>,
-    },
-    /// Delete an instance.
-    Delete {
-        /// Which stack.
-        #[command(flatten)]
-        stack: Stack,
-        /// Id or name of the instance.
-        id: String,
     },
 }

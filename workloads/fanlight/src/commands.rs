@@ -13,11 +13,9 @@ use fanlight_api::{
 use fanlight_client::{AmsClient, Endpoint, GatewayClient, SessionsQuery};
 
 use crate::{
-    cli::{AccountCommand, InstanceCommand, SessionCommand, Stack},
+    cli::{AccountCommand, SessionCommand, Stack},
     state::{State, read_optional},
 };
-
-const OPERATION_PATIENCE: Duration = Duration::from_secs(60);
 
 /// The gateway of a stack, with all rights.
 ///
@@ -117,48 +115,6 @@ pub async fn session(command: SessionCommand) -> Result<()> {
         SessionCommand::Delete { stack, id } => {
             let id: SessionId = id.parse().context("reading the id of the session")?;
             gateway(&stack)?.delete_session(&id, true).await.context("deleting the session")?;
-        }
-    }
-    Ok(())
-}
-
-/// `fanlight instance …`
-///
-/// # Errors
-/// As AMS says.
-pub async fn instance(command: InstanceCommand) -> Result<()> {
-    match command {
-        InstanceCommand::List { stack } => {
-            let instances = ams(&stack)?.instances(&[]).await.context("listing the instances")?;
-            println!("{:<21} {:<16} {:<10} MESSAGE", "ID", "APPLICATION", "STATUS");
-            for instance in instances {
-                let message = if instance.error_message.is_empty() {
-                    &instance.status_message
-                } else {
-                    &instance.error_message
-                };
-                println!(
-                    "{:<21} {:<16} {:<10} {message}",
-                    instance.id,
-                    instance.app_name,
-                    instance.status().as_str()
-                );
-            }
-        }
-        InstanceCommand::Logs { stack, id, log: None } => {
-            for log in ams(&stack)?.instance_logs(&id).await.context("listing the logs")? {
-                println!("{}", log.rsplit('/').next().unwrap_or(&log));
-            }
-        }
-        InstanceCommand::Logs { stack, id, log: Some(log) } => {
-            use std::io::Write;
-            let text = ams(&stack)?.instance_log(&id, &log).await.context("reading the log")?;
-            std::io::stdout().write_all(&text).context("printing the log")?;
-        }
-        InstanceCommand::Delete { stack, id } => {
-            let ams = ams(&stack)?;
-            let operation = ams.delete_instance(&id, false).await.context("deleting the instance")?;
-            ams.wait(&operation, OPERATION_PATIENCE).await.context("waiting for the deletion")?;
         }
     }
     Ok(())

@@ -243,8 +243,13 @@ impl Settings {
                 shim: vec![this_program()?, "shim".into()],
                 streamer: vec![sibling("fanlight-streamer")?.display().to_string(), "run".into()],
                 programs: own_applications(),
+                kind: match plan.lxd {
+                    Some(_) => fanlight_ams::EngineKind::Lxd,
+                    None => fanlight_ams::EngineKind::Process,
+                },
                 ..Default::default()
             },
+            lxd: plan.lxd.clone().unwrap_or_default(),
             media: fanlight_ams::Media { bind: media, ..Default::default() },
             ..Default::default()
         };

@@ -4,6 +4,7 @@
 
 use std::{
     fs,
+    io::Write,
     path::{Path, PathBuf},
 };
 
@@ -60,10 +61,22 @@ fn pack(folder: &Path) -> Result<Package> {
     let text = fs::read_to_string(&manifest).with_context(|| format!("reading {}", manifest.display()))?;
     let named: Named =
         serde_yaml_ng::from_str(&text).with_context(|| format!("reading {}", manifest.display()))?;
+    let archive = archive(folder, GzEncoder::new(Vec::new(), Compression::fast()))?
+        .finish()
+        .with_context(|| format!("packing {}", folder.display()))?;
+    let digest = hex::encode(Sha256::digest(&archive));
+    Ok(Package { name: named.name, folder: folder.to_owned(), digest, archive })
+}
+
+/// Writes the files of a folder as tar, the same bytes for the same files.
+///
+/// # Errors
+/// Names the file that cannot be read.
+pub fn archive<W: Write>(folder: &Path, writer: W) -> Result<W> {
     let mut files = Vec::new();
     collect(folder, Path::new(""), &mut files)?;
     files.sort();
-    let mut archive = tar::Builder::new(GzEncoder::new(Vec::new(), Compression::fast()));
+    let mut archive = tar::Builder::new(writer);
     // Owners and times of this machine do not belong into a package, and would change its digest.
     archive.mode(tar::HeaderMode::Deterministic);
     for file in &files {
@@ -71,12 +84,7 @@ fn pack(folder: &Path) -> Result<Package> {
             .append_path_with_name(folder.join(file), file)
             .with_context(|| format!("packing {}", folder.join(file).display()))?;
     }
-    let archive = archive
-        .into_inner()
-        .and_then(|compressed| compressed.finish())
-        .with_context(|| format!("packing {}", folder.display()))?;
-    let digest = hex::encode(Sha256::digest(&archive));
-    Ok(Package { name: named.name, folder: folder.to_owned(), digest, archive })
+    archive.into_inner().with_context(|| format!("packing {}", folder.display()))
 }
 
 fn collect(folder: &Path, below: &Path, files: &mut Vec<PathBuf>) -> Result<()> {

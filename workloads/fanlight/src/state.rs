@@ -139,6 +139,11 @@ impl State {
         self.folder.join("applications.json")
     }
 
+    /// Which file the default image was brought from.
+    pub fn image_note(&self) -> PathBuf {
+        self.folder.join("image")
+    }
+
     /// Output of a detached stack.
     pub fn log(&self) -> PathBuf {
         self.folder.join("log")

@@ -15,7 +15,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use fanlight_api::{
     Secret,
-    ams::InstanceStatus,
+    ams::{InstanceStatus, images::ImagesPost},
     gateway::{AccountRights, AccountsPost},
 };
 use fanlight_client::{AmsClient, Endpoint, GatewayClient, SessionsQuery};
@@ -44,6 +44,9 @@ const START_PATIENCE: Duration = Duration::from_secs(30);
 /// How long the end of sessions and instances may take before the programs are ended all the same.
 const END_PATIENCE: Duration = Duration::from_secs(20);
 const REGISTER_PATIENCE: Duration = Duration::from_secs(120);
+const IMAGE_PATIENCE: Duration = Duration::from_secs(600);
+/// Name of the image that `--image` brings.
+const IMAGE: &str = "default";
 
 /// Everything that is settled before the first program starts.
 #[derive(Debug)]
@@ -58,6 +61,8 @@ pub struct Plan {
     pub ui: Option<PathBuf>,
     /// TURN servers that clients are told of.
     pub turn: fanlight_agent::Turn,
+    /// LXD, where instances are its containers.
+    pub lxd: Option<fanlight_ams::LxdConfig>,
 }
 
 /// Runs a stack until a signal ends it.
@@ -68,12 +73,20 @@ pub async fn run(options: &Up) -> Result<()> {
     let state = State::open(&options.stack.state)?;
     let started = Instant::now();
     let _hold = state.hold()?;
-    check_isolation(options)?;
+    if options.lxd.is_none() {
+        check_isolation(options)?;
+    }
     let address = options.listen.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
-    let names = if address.is_loopback() { Vec::new() } else { vec![address.to_string()] };
+    let mut names = if address.is_loopback() { Vec::new() } else { vec![address.to_string()] };
+    let lxd = match &options.lxd {
+        Some(socket) => Some(lxd(options, socket, address).await?),
+        None => None,
+    };
+    let (lxd, bridge) = lxd.unzip();
+    names.extend(bridge.map(|bridge| bridge.to_string()));
     let trust = Trust::ensure(&state.trust(), &names).context("making the certificates")?;
     let ui = options.ui.clone().or_else(installed_page);
-    let ports = bind_ports(&state, options.ports, address)?;
+    let ports = bind_ports(&state, options.ports, address, bridge)?;
     let (gateway_url, ams_url) =
         (format!("https://{}", ports.gateway_address), format!("https://{}", ports.ams_address));
     let page = match (&ui, address.is_loopback()) {
@@ -81,7 +94,7 @@ pub async fn run(options: &Up) -> Result<()> {
         (Some(_), true) => Some(format!("http://{}/ui/", ports.page_address)),
         (Some(_), false) => Some(format!("{gateway_url}/ui/")),
     };
-    let plan = Plan { state, trust, address, ui, turn: turn(options)? };
+    let plan = Plan { state, trust, address, ui, turn: turn(options)?, lxd };
 
     progress(if options.separate {
         "starting nats-server, AMS, agent and gateway"
@@ -131,6 +144,26 @@ fn check_isolation(options: &Up) -> Result<()> {
     }
 }
 
+/// The settings for LXD, and the address of its bridge: containers reach the agent there and nobody else does.
+async fn lxd(options: &Up, socket: &Path, address: IpAddr) -> Result<(fanlight_ams::LxdConfig, IpAddr)> {
+    let step = || format!("looking at LXD behind {}", socket.display());
+    let client = fanlight_lxd::Lxd::unix(socket).with_context(step)?;
+    let network = client.network(&options.lxd_network).await.with_context(step)?;
+    let bridge = network.config.get("ipv4.address").and_then(|text| text.split('/').next()?.parse().ok());
+    let Some(bridge) = bridge else {
+        bail!("the network {} of LXD has no IPv4 address of its own (--lxd-network)", options.lxd_network);
+    };
+    let config = fanlight_ams::LxdConfig {
+        url: socket.canonicalize().with_context(step)?.display().to_string(),
+        pool: options.lxd_pool.clone(),
+        network: options.lxd_network.clone(),
+        // Who is on this machine alone reaches the containers themselves.
+        address: if address.is_loopback() { "none".into() } else { address.to_string() },
+        ..fanlight_ams::LxdConfig::default()
+    };
+    Ok((config, bridge))
+}
+
 /// Clients beyond this machine may sit where UDP to any port does not go; one port often does.
 fn turn(options: &Up) -> Result<fanlight_agent::Turn> {
     let mut turn = fanlight_agent::Turn::default();
@@ -153,7 +186,7 @@ fn installed_page() -> Option<PathBuf> {
     page.join("index.html").is_file().then_some(page)
 }
 
-fn bind_ports(state: &State, choice: Ports, address: IpAddr) -> Result<BoundPorts> {
+fn bind_ports(state: &State, choice: Ports, address: IpAddr, bridge: Option<IpAddr>) -> Result<BoundPorts> {
     let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
     // Instances that outlived a kill look for their agent where it was, so free ports are kept from start to start.
     let before: BTreeMap<String, u16> = match choice {
@@ -179,7 +212,7 @@ fn bind_ports(state: &State, choice: Ports, address: IpAddr) -> Result<BoundPort
     };
     let (gateway, gateway_address) = bind("the gateway", address, GATEWAY_PORT)?;
     let (page, page_address) = bind("the page", loopback, PAGE_PORT)?;
-    let (agent, agent_address) = bind("the agent", loopback, AGENT_PORT)?;
+    let (agent, agent_address) = bind("the agent", bridge.unwrap_or(loopback), AGENT_PORT)?;
     let (ams, ams_address) = bind("AMS", address, AMS_PORT)?;
     write_private(&state.ports_note(), &serde_json::to_vec(&now).context("noting the ports")?)?;
     Ok(BoundPorts { gateway, gateway_address, page, page_address, agent, agent_address, ams, ams_address })
@@ -199,6 +232,9 @@ async fn prepare(
     );
     until_answers("AMS", || async { ams.service().await.map(|_| ()) }).await?;
     until_answers("the gateway", || async { gateway.status().await.map(|_| ()) }).await?;
+    if let Some(file) = &options.image {
+        bring_image(plan, file, &ams).await?;
+    }
     register(plan, options, &ams).await?;
     let token = ensure_token(plan, &gateway).await?;
     wait_for_agent(&gateway, &ams).await?;
@@ -241,6 +277,30 @@ where
             Err(_) => sleep(Duration::from_millis(20)).await,
         }
     }
+}
+
+/// Makes a file the default image; one that is there already is left alone.
+async fn bring_image(plan: &Plan, file: &Path, ams: &AmsClient) -> Result<()> {
+    let step = || format!("bringing the image {} to AMS", file.display());
+    let note = plan.state.image_note();
+    let metadata = std::fs::metadata(file).with_context(step)?;
+    let modified = metadata.modified().ok().and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
+    let print = format!("{} {} {:?}", file.display(), metadata.len(), modified);
+    let images = ams.objects("/1.0/images", &[]).await.with_context(step)?;
+    let there = images.iter().any(|image| image["name"] == IMAGE);
+    if there && read_optional(&note)?.as_deref() == Some(print.as_str()) {
+        return Ok(());
+    }
+    progress(&format!("importing the image {}", file.display()));
+    let operation = if there {
+        ams.update_image(IMAGE, file).await
+    } else {
+        let request = ImagesPost { name: IMAGE.into(), default: true, ..ImagesPost::default() };
+        ams.upload_image(&request, file).await
+    };
+    let operation = operation.with_context(step)?;
+    ams.wait(&operation, IMAGE_PATIENCE).await.with_context(step)?;
+    write_private(&note, print.as_bytes())
 }
 
 /// Registers applications from folders; one whose files did not change since is left alone.

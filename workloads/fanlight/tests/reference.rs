@@ -147,7 +147,17 @@ fn the_configuration_reference_is_what_the_programs_read() {
 
 #[test]
 fn the_command_line_reference_is_what_the_command_understands() {
-    let mut text = String::from("# Command line\n\nThe `fanlight` command.\n");
+    let mut text = String::from(
+        "# Command line\n\nThe `fanlight` command.\n\n\
+         | exit code | meaning |\n|---|---|\n\
+         | 0 | done |\n| 1 | failed |\n| 2 | what was typed makes no sense |\n| 3 | there is no such object |\n\
+         | 4 | not permitted, or not let in |\n\n\
+         `exec`, `shell`, and `logs` where it runs a program in the instance, end with the exit code of the program; 128 + n\n\
+         where signal n ended it.\n\n\
+         The verbs of AMS ask the stack of a state folder on this machine, the remote `local`, or the remote that was\n\
+         switched to. Remotes are kept in `~/.config/fanlight/remotes.toml`, this client's own certificate and key beside it.\n\
+         `source <(fanlight completion bash)` completes commands, options and names.\n",
+    );
     commands(&mut text, &mut fanlight::Cli::command(), "fanlight");
     compare("command-line.md", &text);
 }

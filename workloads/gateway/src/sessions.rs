@@ -1080,10 +1080,14 @@ impl Gateway {
                 };
                 gone.await
             }
+            GatewayRequest::CreateShare { .. }
+            | GatewayRequest::UpdateShare { .. }
+            | GatewayRequest::DeleteShare { .. } => return self.share_for_ams(request).await,
         };
         answer.unwrap_or_else(|error: StoreError| {
             tracing::error!("a request of an agent failed: {}", fanlight_service::telemetry::chain(&error));
-            GatewayResponse::Refused { code: "internal".into(), message: "the gateway's store failed".into() }
+            let message = "the gateway's store failed".into();
+            GatewayResponse::Refused { code: "internal".into(), message, status: None }
         })
     }
 

@@ -5,7 +5,7 @@ use std::io::Read;
 use fanlight_api::{PROTOCOL_VERSION, guest::Guest};
 
 /// Largest guest file, bytes.
-const MAX_BYTES: u64 = 1024 * 1024;
+pub(crate) const MAX_BYTES: u64 = 1024 * 1024;
 
 /// Why the guest file is no good.
 #[derive(Debug, thiserror::Error)]
@@ -85,6 +85,7 @@ fn bad_member(value: &serde_json::Value) -> GuestError {
         ("display", reads::<Screen>(value, "display")),
         ("streaming", reads::<Option<guest::Streaming>>(value, "streaming")),
         ("media", reads::<guest::Media>(value, "media")),
+        ("pool", reads::<Option<guest::PoolStart>>(value, "pool")),
     ];
     let member = checks.iter().find(|(_, good)| !good).map_or(".", |(name, _)| name);
     GuestError::Member {
@@ -127,6 +128,7 @@ mod tests {
             ("version", json!("one")),
             ("streaming", json!({"session_id": "s", "token": "hunter2"})),
             ("media", json!({"bind": "hunter2"})),
+            ("pool", json!("hunter2")),
         ];
         for (member, value) in table.drain(..) {
             let mut guest = guest();

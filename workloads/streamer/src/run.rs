@@ -17,7 +17,7 @@ use std::{
 
 use fanlight_api::{
     agent_link::{ClientState, ClientStatus, StreamerStatus},
-    guest::{EXIT_FAILED, EXIT_GRACEFUL, EndReason, Ended, Guest},
+    guest::{ClaimAnswer, EXIT_FAILED, EXIT_GRACEFUL, EndReason, Ended, Guest, PoolStart, Streaming},
 };
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -30,6 +30,7 @@ use crate::{
     agent::{Agent, Incoming, Outgoing},
     app::{self, Application, Log, Next, Rules, Setting},
     audio::{Capture, Server, ServerConfig},
+    claim::{self, Claim},
     compositor::{self, Compositor, Event, Xwayland},
     config::{Config, EncoderName, X11},
     encode::EncoderKind,
@@ -54,6 +55,7 @@ enum News {
     Display(Event),
     Media(Notice),
     Agent(Incoming),
+    Claim(Claim),
 }
 
 /// Runs the instance to its end; returns the exit status of the program.
@@ -152,6 +154,17 @@ struct Instance {
     setting: Setting,
     log: Rc<RefCell<Log>>,
     status: StreamerStatus,
+    /// Our part of the runtime folder.
+    runtime: PathBuf,
+    news: mpsc::UnboundedSender<News>,
+    /// Waits for a session, or has got one that way.
+    pool: Option<Waiting>,
+}
+
+/// An instance of a pool.
+struct Waiting {
+    start: PoolStart,
+    claimed: bool,
 }
 
 async fn supervise(guest: Guest, config: Config, notify: &Notify) -> Ended {
@@ -260,27 +273,6 @@ impl Instance {
         media::Worker::start(media_config, media_inbox)
             .map_err(|error| format!("starting the media thread: {error}"))?;
 
-        let agent = match guest.streaming.clone() {
-            None => None,
-            Some(streaming) => {
-                let (to_agent, from_us) = mpsc::unbounded_channel();
-                let to_us = news.clone();
-                let agent = Agent::new(streaming, guest.instance_id.clone(), move |incoming| {
-                    drop(to_us.send(News::Agent(incoming)));
-                })
-                .map_err(|error| chain(&error))?;
-                Some((to_agent, tokio::task::spawn_local(agent.run(from_us))))
-            }
-        };
-
-        let extra_data = guest.streaming.as_ref().filter(|streaming| !streaming.extra_data.is_null());
-        let extra_data = match extra_data {
-            None => None,
-            Some(streaming) => Some(
-                write_extra_data(&folders.runtime, &streaming.extra_data)
-                    .map_err(|error| format!("writing the application's extra data: {error}"))?,
-            ),
-        };
         let logs = std::env::var_os("FANLIGHT_LOG_DIR").map(PathBuf::from);
         let log = Log::open(logs.as_deref()).or_else(|error| {
             warn!(%error, "the application's log goes to ours: its file cannot be opened");
@@ -291,20 +283,71 @@ impl Instance {
             home: folders.home.clone(),
             display: compositor.environment(),
             pulse_server,
-            extra_data,
+            extra_data: None,
         };
-        Ok(Self {
+        let mut instance = Self {
             sound,
+            pool: guest.pool.map(|start| Waiting { start, claimed: false }),
             guest,
             compositor,
             video,
             media,
             _capture: capture,
-            agent,
+            agent: None,
             setting,
             log: Rc::new(RefCell::new(log)),
             status: StreamerStatus { idle_since: Some(unix_now()), ..StreamerStatus::default() },
+            runtime: folders.runtime.clone(),
+            news: news.clone(),
+        };
+        if instance.pool.is_some() {
+            let to_us = news.clone();
+            claim::listen(&folders.runtime, move |claim| drop(to_us.send(News::Claim(claim))))
+                .map_err(|error| format!("making the socket for claims: {error}"))?;
+        } else if let Some(streaming) = instance.guest.streaming.clone() {
+            instance.enter_session(streaming)?;
+        }
+        Ok(instance)
+    }
+
+    /// Keeps the way to the agent of this session from now on, and hands its data on to the application.
+    fn enter_session(&mut self, streaming: Streaming) -> Result<(), String> {
+        let (to_agent, from_us) = mpsc::unbounded_channel();
+        let to_us = self.news.clone();
+        let extra_data = Some(streaming.extra_data.clone()).filter(|data| !data.is_null());
+        let agent = Agent::new(streaming, self.guest.instance_id.clone(), move |incoming| {
+            drop(to_us.send(News::Agent(incoming)));
         })
+        .map_err(|error| chain(&error))?;
+        if let Some(data) = extra_data {
+            let path = write_extra_data(&self.runtime, &data)
+                .map_err(|error| format!("writing the application's extra data: {error}"))?;
+            self.setting.extra_data = Some(path);
+        }
+        self.agent = Some((to_agent, tokio::task::spawn_local(agent.run(from_us))));
+        Ok(())
+    }
+
+    /// Takes a claim. `Ok(false)`: it is the one that was taken before.
+    fn claim(&mut self, claim: Guest) -> Result<bool, String> {
+        let Some(pool) = &self.pool else { return Err("this instance is not of a pool".into()) };
+        check_claim(&self.guest, pool.start, pool.claimed, &claim)?;
+        if pool.claimed {
+            return Ok(false);
+        }
+        // Before anybody can ask for a picture, and before the application asks how large the display is.
+        let screen = claim.display;
+        self.compositor.resize(screen.width, screen.height, screen.fps);
+        self.media.send(Command::Screen(screen));
+        self.status.idle_since = Some(unix_now());
+        if let Some(streaming) = claim.streaming.clone() {
+            self.enter_session(streaming)?;
+        }
+        self.guest = claim;
+        if let Some(pool) = &mut self.pool {
+            pool.claimed = true;
+        }
+        Ok(true)
     }
 
     /// Watches the instance until it is over.
@@ -316,32 +359,45 @@ impl Instance {
     ) -> Ended {
         let started = Instant::now();
         let name = self.guest.application.name.clone();
-        let mut idle = self
-            .guest
-            .streaming
-            .as_ref()
-            .map(|streaming| Idle::new(started, streaming.joinable, streaming.idle_time_min));
-        let mut application = match self.start_application() {
-            Ok(application) => Some(application),
-            Err(ended) => return ended,
-        };
-        let mut rules = Rules::new(started, &name, self.guest.application.restart);
-        let mut ready_at = Some(started + READY_LIMIT);
+        let mut idle = self.idle(started);
+        let (mut application, mut rules, mut ready_at) = (None, None, None);
+        if self.pool.as_ref().is_some_and(|pool| pool.start == PoolStart::Streamer) {
+            info!("{name} is not started before somebody claims this instance");
+            notify.ready("waits to be claimed");
+        } else {
+            application = match self.start_application() {
+                Ok(application) => Some(application),
+                Err(ended) if self.guest.devmode => {
+                    stays(&ended, notify, true);
+                    None
+                }
+                Err(ended) => return ended,
+            };
+            if application.is_some() {
+                rules = Some(Rules::new(started, &name, self.guest.application.restart));
+                ready_at = Some(started + READY_LIMIT);
+            }
+        }
         let mut orphans = BTreeMap::new();
         let mut orphans_at: Option<Instant> = None;
         let mut family_at: Option<Instant> = None;
         self.tell_status();
         loop {
-            let deadline =
-                [ready_at, orphans_at, family_at, rules.deadline(), idle.as_ref().and_then(Idle::deadline)]
-                    .into_iter()
-                    .flatten()
-                    .min();
+            let deadline = [
+                ready_at,
+                orphans_at,
+                family_at,
+                rules.as_ref().and_then(Rules::deadline),
+                idle.as_ref().and_then(Idle::deadline),
+            ]
+            .into_iter()
+            .flatten()
+            .min();
             let mut next = Next::Wait;
             tokio::select! {
                 Some(item) = inbox.recv() => match item {
                     News::Display(Event::FirstWindow) => {
-                        rules.window_shown();
+                        rules.iter_mut().for_each(Rules::window_shown);
                         let shown = format!("{name} has shown its first window");
                         match ready_at.take() {
                             Some(_) => notify.ready(&shown),
@@ -353,8 +409,10 @@ impl Instance {
                         }
                     }
                     News::Display(Event::Clients { wayland, x11 }) => {
-                        rules.set_clients(wayland + x11);
-                        next = rules.check(Instant::now());
+                        if let Some(rules) = &mut rules {
+                            rules.set_clients(wayland + x11);
+                            next = rules.check(Instant::now());
+                        }
                     }
                     News::Display(Event::XwaylandExited) => warn!("the X server ended and is started again"),
                     News::Display(Event::Failed(message)) => return failed(message),
@@ -365,13 +423,39 @@ impl Instance {
                         }
                     }
                     News::Agent(incoming) => self.agent_news(incoming),
+                    News::Claim((claim, answer)) => {
+                        let taken = self.claim(*claim);
+                        let mut failure = None;
+                        if taken == Ok(true) {
+                            info!("this instance was claimed");
+                            notify.status("was claimed");
+                            let now = Instant::now();
+                            idle = self.idle(now);
+                            if rules.is_none() {
+                                match self.start_application() {
+                                    Ok(started) => application = Some(started),
+                                    Err(ended) => failure = Some(ended),
+                                }
+                                rules = Some(Rules::new(now, &name, self.guest.application.restart));
+                            }
+                            self.tell_status();
+                        }
+                        let error = taken.err().or(failure.as_ref().map(|ended| ended.message.clone()));
+                        // Who does not wait for the answer asks again.
+                        let _ = answer.send(ClaimAnswer { ok: error.is_none(), error, again: false });
+                        if let Some(ended) = failure {
+                            return ended;
+                        }
+                    }
                 },
                 exit = ended(&mut application) => {
                     application = None;
                     info!(?exit, "the program of application {name} ended");
-                    rules.set_family(app::is_family_left(&self.spared()));
                     family_at = Some(Instant::now() + FAMILY_EVERY);
-                    next = rules.exited(Instant::now(), exit);
+                    if let Some(rules) = &mut rules {
+                        rules.set_family(app::is_family_left(&self.spared()));
+                        next = rules.exited(Instant::now(), exit);
+                    }
                 }
                 () = self.sound.supervise() => {}
                 _ = child.recv() => orphans_at = Some(Instant::now()),
@@ -390,30 +474,48 @@ impl Instance {
             }
             if family_at.is_some_and(|at| at <= now) {
                 family_at = None;
-                if application.is_none() {
+                if application.is_none()
+                    && let Some(rules) = &mut rules
+                {
                     let left = app::is_family_left(&self.spared());
                     rules.set_family(left);
                     family_at = left.then_some(now + FAMILY_EVERY);
                 }
             }
-            if next == Next::Wait {
+            if next == Next::Wait
+                && let Some(rules) = &mut rules
+            {
                 next = rules.check(now);
             }
-            match next {
-                Next::Wait => {}
+            let over = match next {
+                Next::Wait => None,
                 Next::Start => match self.start_application() {
                     Ok(started) => {
-                        rules.started(now);
+                        rules.iter_mut().for_each(|rules| rules.started(now));
                         application = Some(started);
+                        None
                     }
-                    Err(ended) => return ended,
+                    Err(ended) => Some(ended),
                 },
-                Next::End(ended) => return ended,
+                Next::End(ended) => Some(ended),
+            };
+            if let Some(ended) = over {
+                if !self.guest.devmode {
+                    return ended;
+                }
+                stays(&ended, notify, ready_at.take().is_some());
+                rules = None;
             }
             if let Some(message) = idle.as_ref().and_then(|idle| idle.verdict(now)) {
                 return Ended { reason: EndReason::Idle, message };
             }
         }
+    }
+
+    /// When the session ends by itself; without one, never.
+    fn idle(&self, now: Instant) -> Option<Idle> {
+        let streaming = self.guest.streaming.as_ref()?;
+        Some(Idle::new(now, streaming.joinable, streaming.idle_time_min))
     }
 
     fn start_application(&self) -> Result<Application, Ended> {
@@ -512,6 +614,42 @@ impl Instance {
     }
 }
 
+/// Whether an instance can get what a claim brings. `claimed`: `own` is what an earlier claim brought.
+fn check_claim(own: &Guest, start: PoolStart, claimed: bool, claim: &Guest) -> Result<(), String> {
+    let session = |guest: &Guest| guest.streaming.as_ref().map(|streaming| streaming.session_id.clone());
+    if claim.instance_id != own.instance_id {
+        return Err(format!("this is instance {}, not {}", own.instance_id, claim.instance_id));
+    }
+    if claim.pool.is_some() {
+        return Err("member pool: a claim takes an instance out of its pool".into());
+    }
+    if claimed {
+        return match session(own) == session(claim) {
+            true => Ok(()),
+            false => Err("this instance was claimed for another session".into()),
+        };
+    }
+    if start == PoolStart::Application {
+        let has_data = claim.streaming.as_ref().is_some_and(|streaming| !streaming.extra_data.is_null());
+        if has_data || claim.application != own.application {
+            return Err(
+                "the application was started already: it cannot get other data or another program".into()
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Tells of the end of an application whose instance stays. `first`: the instance was not ready before.
+fn stays(ended: &Ended, notify: &Notify, first: bool) {
+    let message = format!("{}; the instance stays (devmode)", ended.message);
+    warn!("{message}");
+    match first {
+        true => notify.ready(&message),
+        false => notify.status(&message),
+    }
+}
+
 /// The end of the application's program, if one runs.
 async fn ended(application: &mut Option<Application>) -> app::Exit {
     match application {
@@ -573,4 +711,57 @@ fn write_extra_data(folder: &Path, data: &serde_json::Value) -> io::Result<PathB
     let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
     file.write_all(data.to_string().as_bytes())?;
     Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn guest(more: serde_json::Value) -> Guest {
+        let mut guest = json!({
+            "version": 1, "instance_id": "i1",
+            "application": {"name": "terminal", "command": ["foot"]},
+            "display": {"width": 1280, "height": 720, "fps": 60, "density": 240},
+        });
+        for (name, value) in more.as_object().into_iter().flatten() {
+            guest[name] = value.clone();
+        }
+        serde_json::from_value(guest).expect("a guest file")
+    }
+
+    fn session(id: &str, extra_data: serde_json::Value) -> serde_json::Value {
+        json!({"streaming": {"session_id": id, "agent_url": "wss://a", "token": "t", "extra_data": extra_data}})
+    }
+
+    #[test]
+    fn an_instance_is_claimed_once_and_the_same_claim_again_is_no_other() {
+        let waiting = guest(json!({"pool": "streamer"}));
+        let claim = |id: &str| guest(session(id, json!("data")));
+        let check =
+            |own: &Guest, claimed, claim: &Guest| check_claim(own, PoolStart::Streamer, claimed, claim);
+        assert_eq!(check(&waiting, false, &claim("s1")), Ok(()));
+        assert_eq!(check(&claim("s1"), true, &claim("s1")), Ok(()));
+        for (own, claimed, wrong, why) in [
+            (claim("s1"), true, claim("s2"), "another session"),
+            (claim("s1"), true, guest(json!({})), "another session"),
+            (waiting.clone(), false, guest(json!({"instance_id": "i2"})), "not i2"),
+            (waiting.clone(), false, waiting, "member pool"),
+        ] {
+            let error = check(&own, claimed, &wrong).expect_err(why);
+            assert!(error.contains(why), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_application_that_runs_already_gets_no_data_and_stays_the_same() {
+        let waiting = guest(json!({"pool": "application"}));
+        let check = |claim: &Guest| check_claim(&waiting, PoolStart::Application, false, claim);
+        assert_eq!(check(&guest(session("s1", json!(null)))), Ok(()));
+        let other = guest(json!({"application": {"name": "terminal", "command": ["top"]}}));
+        for claim in [guest(session("s1", json!({"a": 1}))), other] {
+            assert!(check(&claim).is_err_and(|error| error.contains("started already")));
+        }
+    }
 }

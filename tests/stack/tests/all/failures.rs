@@ -280,6 +280,25 @@ async fn applications_that_fail_end_their_session_with_the_reason() -> Result<()
         stack.session_is_gone(&session).await?;
     }
     stack.no_instances().await?;
+
+    // For its developers the instance stays, and says the same.
+    for (app, reason) in [("missing", "/no/such/program"), ("failer", "3")] {
+        let body = json!({ "app_id": app, "config": { "devmode": true } });
+        let answer = stack.ams.post("/1.0/instances", body).await?.expect(202)?;
+        stack.operation(&answer).await.context("launching")?;
+        let instance =
+            answer.metadata()["resources"]["instances"][0].as_str().context("an instance")?.to_owned();
+        let shown = stack.ams.get(&instance).await?.expect(200)?;
+        let message = shown.metadata()["status_message"].as_str().unwrap_or_default().to_owned();
+        ensure!(shown.metadata()["status"] == "running", "{app}: {}", shown.text);
+        ensure!(message.contains(reason) && message.contains("devmode"), "{app}: {message:?}");
+        stack
+            .ams
+            .call(reqwest::Method::DELETE, &instance, Some(json!({ "force": true })))
+            .await?
+            .expect(202)?;
+    }
+    stack.no_instances().await?;
     stack.end().await
 }
 

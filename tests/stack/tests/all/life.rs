@@ -88,6 +88,7 @@ async fn an_instance_made_by_ams_has_a_session_that_can_be_joined_again_and_agai
         client.leave().await?;
     }
     let id = instance["id"].as_str().context("no id")?;
+    shares(&stack, id, &session).await.context("sharing it")?;
     stack
         .ams
         .call(reqwest::Method::DELETE, &format!("/1.0/instances/{id}"), Some(json!({})))
@@ -96,6 +97,30 @@ async fn an_instance_made_by_ams_has_a_session_that_can_be_joined_again_and_agai
     stack.session_is_gone(&session).await?;
     stack.no_instances().await?;
     stack.end().await
+}
+
+/// A share of an instance is made by AMS at the gateway, changed there and taken back.
+async fn shares(stack: &Stack, instance: &str, session: &str) -> Result<()> {
+    use reqwest::Method;
+    let path = format!("/1.0/instances/{instance}/shares");
+    let made =
+        stack.ams.post(&path, json!({ "type": "adb", "description": "for Eva" })).await?.expect(200)?;
+    let made = made.metadata().clone();
+    ensure!(made["metadata"]["id"] == made["id"] && made["type"] == "adb", "{made}");
+    let url = made["url"].as_str().context("no url")?;
+    ensure!(url.contains(&format!("/1.0/sessions/{session}/connect?type=adb&token=")), "{url}");
+    let share = made["id"].as_str().context("no id")?;
+    let listed = stack.gateway.get("/1.0/shares").await?.expect(200)?;
+    ensure!(listed.metadata()[0] == share, "{}", listed.text);
+    let one = format!("{path}/{share}");
+    stack.ams.call(Method::PATCH, &one, Some(json!({ "description": "for Max" }))).await?.expect(200)?;
+    let shown = stack.gateway.get(&format!("/1.0/shares/{share}")).await?.expect(200)?;
+    ensure!(shown.metadata()["description"] == "for Max", "{}", shown.text);
+    stack.ams.post(&path, json!({ "type": "video" })).await?.expect(400)?;
+    stack.ams.call(Method::DELETE, &one, None).await?.expect(202)?;
+    stack.ams.call(Method::DELETE, &one, None).await?.expect(404)?;
+    stack.gateway.get(&format!("/1.0/shares/{share}")).await?.expect(404)?;
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -9,3 +9,4 @@ mod isolation;
 mod life;
 mod network;
 mod outages;
+mod pool;

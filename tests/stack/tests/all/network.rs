@@ -16,6 +16,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use fanlight_tests_stack::{
     SOON,
+    browser::{during, watch},
     client::{Client, Habits, Way},
     namespaces::{CLIENT, Network, Place, ROUTER, SERVER, TURN},
     rest::Server,
@@ -23,10 +24,7 @@ use fanlight_tests_stack::{
     until,
 };
 use serde_json::{Value, json};
-use tokio::{
-    io::AsyncWriteExt,
-    process::{Child, Command},
-};
+use tokio::process::{Child, Command};
 
 /// Hexadecimal, as `openssl rand -hex 32` makes it.
 const SECRET: &str = "6f1c0bd2f7e14f0c8a1f1a0c8a7f0e2f6f1c0bd2f7e14f0c8a1f1a0c8a7f0e2f";
@@ -34,12 +32,6 @@ const SECRET: &str = "6f1c0bd2f7e14f0c8a1f1a0c8a7f0e2f6f1c0bd2f7e14f0c8a1f1a0c8a
 const DOCUMENTED: &str = "192.0.2.20";
 const TURN_UDP: &str = "turn:10.77.1.3:3478?transport=udp";
 const TURN_TCP: &str = "turn:10.77.1.3:3478?transport=tcp";
-/// How long a stream is watched, and what a person would not take for a stream any more.
-const WATCH_S: u64 = 20;
-const LONGEST_PAUSE_MS: f64 = 5_000.0;
-/// A browser needs longer than its watching to start and to connect on a busy machine.
-const BROWSER: Duration = Duration::from_secs(240);
-
 /// Coturn, as the documentation sets it up.
 struct Coturn {
     process: Child,
@@ -187,40 +179,7 @@ async fn stream(client: &Place, invitation: Invitation) -> Result<Way> {
 /// Streams with a browser that decodes; what it saw while frames went on without a long pause.
 async fn browse(client: &Place, invitation: Invitation) -> Result<Value> {
     let Invitation { url, servers, .. } = invitation;
-    let wanted = json!({ "url": url, "stun_servers": servers, "seconds": WATCH_S }).to_string();
-    let output = client
-        .visit(move || async move {
-            let mut node = Command::new("node")
-                .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../raw/network.mjs"))
-                .stdin(Stdio::piped())
-                .stdout(Stdio::piped())
-                .stderr(Stdio::piped())
-                .kill_on_drop(true)
-                .spawn()
-                .context("starting node")?;
-            let mut input = node.stdin.take().context("node has no input")?;
-            input.write_all(wanted.as_bytes()).await?;
-            drop(input);
-            let ended = tokio::time::timeout(BROWSER, node.wait_with_output());
-            Ok(ended.await.context("the browser does not come to an end")??)
-        })
-        .await?;
-    let said = String::from_utf8_lossy(&output.stdout);
-    ensure!(output.status.success(), "the browser: {}", String::from_utf8_lossy(&output.stderr));
-    let seen: Value = serde_json::from_str(&said).with_context(|| format!("reading {said:?}"))?;
-    println!("the browser saw {seen}");
-    ensure!(seen["errors"] == json!([]), "errors: {}", seen["errors"]);
-    ensure!(seen["pictured"] == true, "the picture is blank");
-    ensure!(during(&seen, "framesDecoded") >= 100.0, "hardly any frames");
-    let pause = seen["longest_pause_ms"].as_f64().context("no pause is told")?;
-    ensure!(pause < LONGEST_PAUSE_MS, "the picture stood still for {pause} ms");
-    Ok(seen)
-}
-
-/// How far a number came while the browser watched.
-fn during(seen: &Value, name: &str) -> f64 {
-    let at = |when: &str| seen[when][name].as_f64().unwrap_or_default();
-    at("last") - at("first")
+    client.visit(move || async move { watch(&url, &servers).await }).await
 }
 
 /// The port under which the client is seen by a place, out of one and the same socket for all of them.

@@ -97,6 +97,8 @@ pub enum Action {
         /// Number of the run.
         run: u32,
     },
+    /// Hand over to a waiting run what its launch asked for.
+    Claim,
     /// Ask the run to end; the engine kills it after the grace.
     Stop,
     /// End the run now.
@@ -124,12 +126,15 @@ pub struct Decision {
 pub fn decide(record: &InstanceRecord, seen: &Seen, now: i64, watched: Duration, limits: Limits) -> Decision {
     let mut next = Next { observed: record.observed.clone(), now, watched, wake_in: None };
     let action = match record.intent.target {
-        Target::Prepared => {
-            if record.observed.status == InstanceStatus::Created {
+        Target::Prepared => match (record.observed.status, &seen.phase) {
+            // What it copies may be gone when it is started.
+            (InstanceStatus::Created, Phase::Absent) if record.copy_of.is_some() => Some(Action::Create),
+            (InstanceStatus::Created, _) => {
                 next.status(InstanceStatus::Prepared);
+                None
             }
-            None
-        }
+            _ => None,
+        },
         Target::Running => running(record, seen, &mut next, limits),
         Target::Stopped => stopped(record, seen, &mut next, limits),
         Target::Deleted => deleted(record, seen, &mut next, limits),
@@ -226,6 +231,22 @@ fn running(record: &InstanceRecord, seen: &Seen, next: &mut Next, limits: Limits
             }
             next.wake_in = Some(limits.start - waited);
             None
+        }
+        // It runs for those who wait in it only when it has been told who they are.
+        Phase::Ready if record.is_claimed() => {
+            let known = status == S::Started && record.observed.run == run;
+            let waited = if known { next.watched } else { Duration::ZERO };
+            next.observed.run = run;
+            next.status(S::Started);
+            if waited >= limits.start {
+                next.fail(format!(
+                    "the instance timed out: it did not take its claim within {} s",
+                    limits.start.as_secs()
+                ));
+                return Some(Action::Kill);
+            }
+            next.wake_in = Some(limits.start - waited);
+            Some(if record.session == Session::Wanted { Action::AskSession } else { Action::Claim })
         }
         // A run that is ending by itself is still there.
         Phase::Ready | Phase::Stopping => {
@@ -370,13 +391,26 @@ mod tests {
             id: "i1".parse().expect("valid"),
             name: "ams-i1".into(),
             created_at: 0,
-            application: ApplicationRef { id: "a1".parse().expect("valid"), name: "app".into(), version: 0 },
+            application: Some(ApplicationRef {
+                id: "a1".parse().expect("valid"),
+                name: "app".into(),
+                version: 0,
+            }),
             program: Default::default(),
             config: Default::default(),
             display: Default::default(),
             resources: Default::default(),
             tags: Vec::new(),
             user_data: None,
+            image: Default::default(),
+            services: Vec::new(),
+            base: false,
+            copy_of: None,
+            addons: Vec::new(),
+            pool: None,
+            encoder: Default::default(),
+            place: 0,
+            gpu: None,
             node: "n1".parse().ok(),
             architecture: "x86_64".into(),
             session: Session::None,
@@ -408,6 +442,17 @@ mod tests {
                 Some(Action::Create),
             ),
             ("init", record(Target::Prepared, S::Created), Seen::ABSENT, 100, S::Prepared, None),
+            (
+                "copied",
+                InstanceRecord {
+                    copy_of: "dc25aaajueqt4lp7dag0".parse().ok(),
+                    ..record(Target::Prepared, S::Created)
+                },
+                Seen::ABSENT,
+                100,
+                S::Created,
+                Some(Action::Create),
+            ),
             (
                 "made",
                 record(Target::Running, S::Prepared),
@@ -631,6 +676,35 @@ mod tests {
     }
 
     #[test]
+    fn a_claimed_run_is_told_once_it_has_a_session_and_runs_after_that() {
+        use crate::core::model::Pooled;
+        use fanlight_api::{ams::PoolState, guest::PoolStart};
+        let ready = Seen { run: 1, phase: Phase::Ready };
+        let mut one = with_run(record(Target::Running, S::Running), 1);
+        let state = |state| Some(Pooled { state, start: PoolStart::Streamer });
+        one.pool = state(PoolState::Waiting);
+        let decide = |record: &InstanceRecord, seen: &Seen, watched| {
+            let decision = decide(record, seen, 100, Duration::from_secs(watched), LIMITS);
+            (decision.observed.status, decision.action)
+        };
+        assert_eq!(decide(&one, &ready, 0), (S::Running, None));
+        one.pool = state(PoolState::Claimed);
+        one.observed.status = S::Started;
+        one.session = Session::Wanted;
+        assert_eq!(decide(&one, &ready, 0), (S::Started, Some(Action::AskSession)));
+        one.session = Session::None;
+        assert_eq!(decide(&one, &ready, 0), (S::Started, Some(Action::Claim)));
+        assert_eq!(decide(&one, &ready, 59), (S::Started, Some(Action::Claim)), "again and again");
+        assert_eq!(decide(&one, &ready, 60), (S::Error, Some(Action::Kill)));
+        let goal = Goal { instance: "i1".parse().expect("valid"), reach: Reach::Running { run: 1 } };
+        assert_eq!(outcome(&goal, Some(&one)), None, "a launch waits for it");
+        let gone = Seen { run: 1, phase: ended(EndReason::Failed) };
+        assert_eq!(decide(&one, &gone, 0), (S::Error, None));
+        one.pool = None;
+        assert_eq!(decide(&one, &ready, 0), (S::Running, None));
+    }
+
+    #[test]
     fn operations_end_with_what_they_wait_for() {
         let goal = |reach| Goal { instance: "i1".parse().expect("valid"), reach };
         let run = goal(Reach::Running { run: 1 });
@@ -691,6 +765,10 @@ mod tests {
                 Some(Action::Forget) => {
                     assert_eq!(self.seen.phase, Phase::Absent, "a record went before its instance");
                     self.record = None;
+                }
+                Some(Action::Claim) => {
+                    assert_eq!(self.seen.phase, Phase::Ready, "a claim goes to a run that waits");
+                    record.pool = None;
                 }
                 Some(Action::AskSession | Action::EndSession) | None => {}
             }

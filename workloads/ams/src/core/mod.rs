@@ -3,3 +3,5 @@
 pub mod life;
 pub mod model;
 pub mod placement;
+pub mod pool;
+pub mod units;

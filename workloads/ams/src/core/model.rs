@@ -4,14 +4,14 @@ use std::{cmp::Ordering, collections::BTreeMap};
 
 use fanlight_api::{
     ApplicationId, InstanceId, NodeId, OperationId, SessionId,
-    ams::{self, InstanceConfig, InstanceStatus, Operation, Resources},
+    ams::{self, InstanceConfig, InstanceStatus, Operation, Pool, PoolPatch, PoolState, Resources},
     gateway::Screen,
-    guest::{GuestApplication, Streaming},
+    guest::{GuestApplication, PoolStart, Streaming},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::placement::Share;
+use super::placement::{Encoder, Share};
 use crate::{manifest, size};
 
 /// Keys of the records.
@@ -28,6 +28,16 @@ pub mod key {
     pub const CERTIFICATES: &str = "ams/certificates/";
     /// Prefix of [`launch`].
     pub const LAUNCHES: &str = "ams/launches/";
+    /// Prefix of the keys of units that are there; each goes with the lease of its unit.
+    pub const UNITS: &str = "ams/units/";
+    /// Prefix of [`node`].
+    pub const NODES: &str = "ams/nodes/";
+    /// Prefix of [`image`].
+    pub const IMAGES: &str = "ams/images/";
+    /// Id of the image that is taken where none is named.
+    pub const DEFAULT_IMAGE: &str = "ams/default-image";
+    /// Prefix of [`addon`].
+    pub const ADDONS: &str = "ams/addons/";
     /// Identity of the cluster.
     pub const CLUSTER: &str = "ams/cluster";
 
@@ -61,6 +71,26 @@ pub mod key {
         format!("ams/allocations/{node}")
     }
 
+    /// [`super::NodeRecord`].
+    pub fn node(name: &str) -> String {
+        format!("{NODES}{name}")
+    }
+
+    /// [`super::ImageRecord`].
+    pub fn image(id: &str) -> String {
+        format!("{IMAGES}{id}")
+    }
+
+    /// Id of the image with this name.
+    pub fn image_name(name: &str) -> String {
+        format!("ams/image-names/{name}")
+    }
+
+    /// [`super::AddonRecord`]. The name comes from a caller and has letters, digits, `-`, `_` and `.` only.
+    pub fn addon(name: &str) -> String {
+        format!("{ADDONS}{name}")
+    }
+
     /// [`super::CertificateRecord`].
     pub fn certificate(fingerprint: &str) -> String {
         format!("{CERTIFICATES}{fingerprint}")
@@ -90,6 +120,115 @@ pub struct CertificateRecord {
     pub added_at: i64,
 }
 
+/// What operators have set of a node; what is not set is the configuration's, or the machine's own.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct NodeRecord {
+    /// Unique name.
+    pub name: String,
+    /// Unix seconds; 0: it was never added, the engine brought it along.
+    pub created_at: i64,
+    /// Where its engine answers, as asked for.
+    pub address: String,
+    /// AMS set the machine up.
+    pub managed: bool,
+    /// Being added.
+    pub joining: bool,
+    /// Why it could not be added.
+    pub failed: Option<String>,
+    /// Where clients reach it.
+    pub public_address: Option<String>,
+    /// CPUs offered; 0: all.
+    pub cpus: u32,
+    /// Over-commit factor.
+    pub cpu_allocation_rate: Option<f64>,
+    /// Bytes offered.
+    pub memory_bytes: Option<u64>,
+    /// Over-commit factor.
+    pub memory_allocation_rate: Option<f64>,
+    /// Of all GPUs together.
+    pub gpu_slots: Option<u32>,
+    /// Of all GPUs together.
+    pub gpu_encoder_slots: Option<u32>,
+    /// Words for selectors.
+    pub tags: Option<Vec<String>>,
+    /// No new instances.
+    pub unschedulable: Option<bool>,
+    /// Single GPUs, by number.
+    pub gpus: BTreeMap<u32, GpuSlots>,
+}
+
+/// Slots of a single GPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GpuSlots {
+    /// Instances that may share it.
+    pub slots: Option<u32>,
+    /// Parallel encodes.
+    pub encoder_slots: Option<u32>,
+}
+
+impl NodeRecord {
+    /// A node of which nothing is set.
+    pub fn of(name: &str) -> Self {
+        Self { name: name.to_owned(), ..Self::default() }
+    }
+}
+
+/// An image with its versions.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ImageRecord {
+    /// Xid.
+    pub id: String,
+    /// Unique name.
+    pub name: String,
+    /// Unix seconds.
+    pub created_at: i64,
+    /// `x86_64`, `aarch64`.
+    pub architecture: String,
+    /// By number.
+    pub versions: BTreeMap<u32, ImageVersionRecord>,
+    /// Number of the next version; numbers are never used twice.
+    pub next_version: u32,
+}
+
+/// One version of an image.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ImageVersionRecord {
+    /// SHA-256 of the file, hex; the engine knows it under this name.
+    pub sha256: String,
+    /// Bytes of the file.
+    pub size: u64,
+    /// Unix seconds.
+    pub created_at: i64,
+    /// How far it is.
+    pub state: ImageState,
+}
+
+/// How far a version of an image is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "kebab-case")]
+pub enum ImageState {
+    /// The engine is taking it in.
+    Importing,
+    /// Can be used.
+    Active,
+    /// The engine refused it.
+    Failed {
+        /// Why.
+        error: String,
+    },
+}
+
+impl ImageRecord {
+    /// The newest version that can be used.
+    pub fn newest(&self) -> Option<(u32, &ImageVersionRecord)> {
+        let mut versions = self.versions.iter().rev();
+        versions
+            .find(|(_, version)| version.state == ImageState::Active)
+            .map(|(number, version)| (*number, version))
+    }
+}
+
 /// The newest launch under an idempotency key.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LaunchRecord {
@@ -116,9 +255,12 @@ impl LaunchRecord {
 pub struct OperationRecord {
     /// As answered.
     pub operation: Operation,
-    /// Ends when this is reached; none: whoever began it ends it.
+    /// Ends when this is reached; none: the unit that began it ends it.
     #[serde(default)]
     pub goal: Option<Goal>,
+    /// The unit that began it.
+    #[serde(default)]
+    pub unit: String,
     /// Unix seconds of the end, while not final: of the begin.
     pub at: i64,
 }
@@ -256,6 +398,37 @@ impl Session {
     }
 }
 
+/// What the root file system of an instance is made of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageRef {
+    /// Of the image; `host` for the programs of the machine itself.
+    pub id: String,
+    /// Name of the image.
+    pub name: String,
+    /// Version of the image.
+    pub version: u32,
+    /// SHA-256 of what the engine unpacks: the version's file, or what was made of it for an application.
+    pub sha256: Option<String>,
+}
+
+impl Default for ImageRef {
+    fn default() -> Self {
+        let host = manifest::HOST_IMAGE;
+        Self { id: host.into(), name: host.into(), version: 0, sha256: None }
+    }
+}
+
+/// What an instance has of a GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GpuShare {
+    /// Number of the GPU on the node.
+    pub gpu: u32,
+    /// Slots.
+    pub slots: u32,
+    /// Parallel encodes.
+    pub encodes: u32,
+}
+
 /// Which application an instance runs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ApplicationRef {
@@ -267,6 +440,15 @@ pub struct ApplicationRef {
     pub version: u32,
 }
 
+/// The part of an instance that was started before anybody asked for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pooled {
+    /// Whether somebody has it.
+    pub state: PoolState,
+    /// How much of it was started.
+    pub start: PoolStart,
+}
+
 /// One instance.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct InstanceRecord {
@@ -276,8 +458,9 @@ pub struct InstanceRecord {
     pub name: String,
     /// Unix seconds.
     pub created_at: i64,
-    /// What it runs.
-    pub application: ApplicationRef,
+    /// What it runs; none: what its image runs by itself.
+    #[serde(default)]
+    pub application: Option<ApplicationRef>,
     /// The program, as the version said at launch.
     pub program: GuestApplication,
     /// As asked for at launch.
@@ -291,6 +474,33 @@ pub struct InstanceRecord {
     /// Handed on to the application.
     #[serde(default)]
     pub user_data: Option<String>,
+    /// What its root file system is made of.
+    #[serde(default)]
+    pub image: ImageRef,
+    /// Ports that are reached through its node.
+    #[serde(default)]
+    pub services: Vec<ams::Service>,
+    /// A helper in which an application is made.
+    #[serde(default)]
+    pub base: bool,
+    /// Whose files it began with.
+    #[serde(default)]
+    pub copy_of: Option<InstanceId>,
+    /// Whose hooks run before those of the application, in order.
+    #[serde(default)]
+    pub addons: Vec<AddonRef>,
+    /// It waits in the pool of its application, or was claimed and has not been told yet. None from then on.
+    #[serde(default)]
+    pub pool: Option<Pooled>,
+    /// How it encodes.
+    #[serde(default)]
+    pub encoder: Encoder,
+    /// Its place on the node; see [`Share::place`].
+    #[serde(default)]
+    pub place: u32,
+    /// The GPU it shares, and its encodes there.
+    #[serde(default)]
+    pub gpu: Option<GpuShare>,
     /// Where it is; none: nothing fitted.
     pub node: Option<NodeId>,
     /// Architecture of the node.
@@ -311,13 +521,25 @@ impl InstanceRecord {
             && matches!(self.observed.status, S::Created | S::Prepared | S::Started | S::Running)
     }
 
-    /// Its share of the node.
+    /// Its share of the node, once it has one; before, what it wishes.
     pub fn share(&self) -> Share {
         Share {
             cpus: self.resources.cpus,
             memory_bytes: self.resources.memory,
-            gpu_slots: u32::try_from(self.resources.gpu_slots).unwrap_or(0),
+            disk_bytes: if self.resources.no_disk_reserve { 0 } else { self.resources.disk_size },
+            gpu_slots: self.gpu.map_or(u32::try_from(self.resources.gpu_slots).unwrap_or(0), |gpu| gpu.slots),
+            encoder_slots: self.gpu.map_or(0, |gpu| gpu.encodes),
+            gpu: self.gpu.map(|gpu| gpu.gpu),
+            place: self.place,
         }
+    }
+
+    /// Goes there, with this share.
+    pub fn put(&mut self, node: NodeId, share: Share) {
+        self.node = Some(node);
+        self.place = share.place;
+        self.gpu =
+            share.gpu.map(|gpu| GpuShare { gpu, slots: share.gpu_slots, encodes: share.encoder_slots });
     }
 
     /// Whether it runs, or will, without being asked to start again.
@@ -330,6 +552,10 @@ impl InstanceRecord {
     /// A request to start it again; its share must have been reserved before.
     pub fn start_again(&mut self, now: i64) {
         self.intent = Intent { target: Target::Running, run: self.intent.run + 1, force: false, since: now };
+        // What a claim would have told it is in its new guest file.
+        if self.is_claimed() {
+            self.pool = None;
+        }
         // From here on it holds its share again.
         self.observed = Observed {
             status: InstanceStatus::Prepared,
@@ -340,6 +566,16 @@ impl InstanceRecord {
         };
     }
 
+    /// Waits for a launch.
+    pub fn is_waiting(&self) -> bool {
+        self.pool.is_some_and(|pool| pool.state == PoolState::Waiting)
+    }
+
+    /// Was taken by a launch whose data are on the way into it.
+    pub fn is_claimed(&self) -> bool {
+        self.pool.is_some_and(|pool| pool.state == PoolState::Claimed)
+    }
+
     /// The agent made a session for it.
     pub fn with_session(mut self, streaming: Streaming) -> Self {
         if self.session == Session::Wanted {
@@ -348,13 +584,19 @@ impl InstanceRecord {
         self
     }
 
+    /// What it runs, for people.
+    pub fn program_name(&self) -> &str {
+        self.application.as_ref().map_or(&self.image.name, |application| &application.name)
+    }
+
     /// URL of the instance.
     pub fn url(&self) -> String {
         format!("/1.0/instances/{}", self.id)
     }
 
     /// As answered.
-    pub fn to_api(&self, address: &str, stored_logs: Vec<String>) -> ams::Instance {
+    /// `address`: its own; `public_address`: its node's.
+    pub fn to_api(&self, address: &str, public_address: &str, stored_logs: Vec<String>) -> ams::Instance {
         let mut tags = self.tags.clone();
         if let Some(streaming) = self.session.streaming() {
             let tag = session_tag(&streaming.session_id);
@@ -368,30 +610,32 @@ impl InstanceRecord {
         } else {
             self.observed.status
         };
+        let application = self.application.as_ref();
         ams::Instance {
             id: self.id.clone(),
             name: self.name.clone(),
-            base: false,
+            base: self.base,
             kind: "container".into(),
             status_code: status.code(),
             status: status.as_str().into(),
             status_message: self.observed.message.clone(),
             error_message: self.observed.error.clone(),
             node: self.node.as_ref().map(NodeId::to_string).unwrap_or_default(),
-            app_id: self.application.id.to_string(),
-            app_name: self.application.name.clone(),
-            app_version: self.application.version,
-            image_id: manifest::HOST_IMAGE.into(),
-            image_version: 0,
+            app_id: application.map(|application| application.id.to_string()).unwrap_or_default(),
+            app_name: application.map(|application| application.name.clone()).unwrap_or_default(),
+            app_version: application.map_or(0, |application| application.version),
+            image_id: self.image.id.clone(),
+            image_version: self.image.version,
             created_at: self.created_at,
             address: if self.node.is_some() { address.to_owned() } else { String::new() },
-            public_address: String::new(),
-            services: Vec::new(),
+            public_address: if self.node.is_some() { public_address.to_owned() } else { String::new() },
+            services: self.services.clone(),
             stored_logs,
             config: self.config.clone(),
             resources: self.resources.clone(),
             architecture: self.architecture.clone(),
             tags,
+            pool: self.pool.map(|pool| pool.state),
         }
     }
 }
@@ -418,6 +662,9 @@ pub struct ApplicationRecord {
     /// Replaces the node selector of the newest manifest.
     #[serde(default)]
     pub node_selector: Option<Vec<String>>,
+    /// Changes the pool of the manifest.
+    #[serde(default)]
+    pub pool: PoolPatch,
     /// By number.
     pub versions: BTreeMap<u32, VersionRecord>,
     /// Number of the next version; numbers are never used twice.
@@ -447,12 +694,67 @@ pub struct VersionRecord {
     /// `data:` URL of the icon.
     #[serde(default)]
     pub icon: String,
+    /// What its instances are made of.
+    #[serde(default)]
+    pub image: ImageRef,
+    /// What was added to it, in order.
+    #[serde(default)]
+    pub addons: Vec<AddonRef>,
+}
+
+/// An addon with its versions.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AddonRecord {
+    /// Unique.
+    pub name: String,
+    /// Unix seconds.
+    pub created_at: i64,
+    /// By number.
+    pub versions: BTreeMap<u32, AddonVersionRecord>,
+    /// Number of the next version; numbers are never used twice.
+    pub next_version: u32,
+}
+
+/// One version of an addon.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AddonVersionRecord {
+    /// Unix seconds.
+    pub created_at: i64,
+    /// SHA-256 of the package, hex.
+    pub sha256: String,
+    /// Bytes of the package.
+    pub size: u64,
+    /// How long one of its hooks may take, seconds.
+    pub hook_time_s: u64,
+}
+
+/// A version of an addon that something stands on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AddonRef {
+    /// Which addon.
+    pub name: String,
+    /// Which of its versions.
+    pub version: u32,
+    /// How long one of its hooks may take, seconds.
+    pub hook_time_s: u64,
+}
+
+impl AddonRef {
+    /// As answered.
+    pub fn to_api(&self) -> ams::addons::AddonUse {
+        ams::addons::AddonUse { name: self.name.clone(), version: self.version }
+    }
 }
 
 /// How far a version is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "kebab-case")]
 pub enum VersionState {
+    /// Being made; the instance in which it is, once there is one.
+    Building {
+        /// Which instance.
+        base: Option<InstanceId>,
+    },
     /// Can be launched.
     Active,
     /// Could not be made.
@@ -495,6 +797,12 @@ impl ApplicationRecord {
         self.node_selector.clone().or_else(from_manifest).unwrap_or_default()
     }
 
+    /// What is to wait: as the version says that a launch without a number gets, or as set since.
+    pub fn pool(&self) -> Pool {
+        let said = self.launchable(None).map(|(_, version)| version.manifest.pool).unwrap_or_default();
+        Pool { size: self.pool.size.unwrap_or(said.size), start: self.pool.start.unwrap_or(said.start) }
+    }
+
     /// As answered.
     pub fn to_api(&self) -> ams::Application {
         use ams::{ApplicationStatus, ImageStatus};
@@ -503,12 +811,13 @@ impl ApplicationRecord {
             _ if self.deleted => ApplicationStatus::Deleted,
             Some(VersionState::Active) => ApplicationStatus::Ready,
             Some(VersionState::Failed { .. }) => ApplicationStatus::Error,
-            None => ApplicationStatus::Initializing,
+            Some(VersionState::Building { .. }) | None => ApplicationStatus::Initializing,
         };
         let (status_code, status) = status.wire();
         let manifest = newest.map(|version| version.manifest.clone()).unwrap_or_default();
         let versions = self.versions.iter().map(|(number, version)| {
             let (state, error) = match &version.state {
+                VersionState::Building { .. } => (ImageStatus::Initializing, ""),
                 VersionState::Active => (ImageStatus::Active, ""),
                 VersionState::Failed { error } => (ImageStatus::Error, error.as_str()),
             };
@@ -519,11 +828,14 @@ impl ApplicationRecord {
                 status: status.into(),
                 published: version.published,
                 created_at: version.created_at,
-                parent_image_id: manifest::HOST_IMAGE.into(),
+                parent_image_id: version.image.id.clone(),
+                parent_image_version: version.image.version,
+                services: version.manifest.services.clone(),
                 error_message: error.into(),
                 video_encoder: version.manifest.video_encoder.clone(),
                 manifest_version: version.manifest.version.clone(),
                 features: version.manifest.features.clone(),
+                addons: version.addons.iter().map(AddonRef::to_api).collect(),
                 ..ams::ApplicationVersion::default()
             }
         });
@@ -535,11 +847,13 @@ impl ApplicationRecord {
             status: status.into(),
             instance_type: manifest.instance_type.clone(),
             boot_package: String::new(),
-            parent_image_id: manifest::HOST_IMAGE.into(),
+            parent_image_id: newest.map(|version| version.image.id.clone()).unwrap_or_default(),
             parent_image_variant: "generic".into(),
             published: self.versions.values().any(|version| version.published),
             versions: versions.collect(),
-            addons: Vec::new(),
+            addons: newest
+                .map(|version| version.addons.iter().map(|addon| addon.name.clone()).collect())
+                .unwrap_or_default(),
             created_at: self.created_at,
             immutable: false,
             tags: self.tags.clone().unwrap_or(manifest.tags),
@@ -550,7 +864,7 @@ impl ApplicationRecord {
                 gpu_slots: wanted.gpu_slots.map_or(-1, |slots| i32::try_from(slots).unwrap_or(i32::MAX)),
                 gpu_type: wanted.gpu_type.clone().unwrap_or_default(),
                 vpu_slots: 0,
-                no_disk_reserve: false,
+                no_disk_reserve: wanted.no_disk_reserve,
             },
             abi: String::new(),
             inhibit_auto_updates: self.inhibit_auto_updates,
@@ -559,6 +873,7 @@ impl ApplicationRecord {
             title: manifest.title,
             description: manifest.description,
             icon: newest.map(|version| version.icon.clone()).unwrap_or_default(),
+            pool: self.pool(),
         }
     }
 }

@@ -4,6 +4,7 @@
 //! <folder>/<id>/
 //!   engine.json   its user id; written last, so that a folder without it is a half-made one
 //!   guest.json    for the streamer, 0600
+//!   bounds.json   the CPUs and the memory it may take
 //!   launch.json   what the shim runs
 //!   state.json    what the shim says; the truth about the last run
 //!   shim.sock     the shim answers here while it lives
@@ -41,14 +42,22 @@ use tokio::{
     sync::{broadcast, mpsc, watch},
 };
 
-use super::{Engine, EngineError, Spec};
+use super::{
+    Engine, EngineError, Exec, Machine, Running, Spec,
+    cgroup::{Bounds, Group, Groups},
+    enter,
+};
 use crate::{
     core::life::{Phase, Seen},
     isolation::{self, Isolation, Sandbox},
-    shim::report::{self, Command, Launch, Report},
+    shim::{
+        end_sandbox,
+        report::{self, Command, Launch, Report},
+    },
 };
 
 const ENGINE_FILE: &str = "engine.json";
+const BOUNDS_FILE: &str = "bounds.json";
 /// How long a shim may take until it answers.
 const SHIM_START: Duration = Duration::from_secs(10);
 /// How long the end of what was killed may take.
@@ -63,6 +72,10 @@ const MAX_PROCESSES: u64 = 4096;
 /// How instances are run.
 #[derive(Clone, Debug)]
 pub struct ProcessConfig {
+    /// Name of this machine as a node.
+    pub node: String,
+    /// Its address, as shown.
+    pub address: String,
     /// Holds a folder per instance; made when it is not there.
     pub folder: PathBuf,
     /// Program and arguments of the shim; the folder of the instance is added.
@@ -77,6 +90,21 @@ pub struct ProcessConfig {
     pub first_uid: u32,
     /// How many there are.
     pub uids: u32,
+    /// Whether instances are kept to what they asked for.
+    pub bounds: Bounding,
+}
+
+/// Whether instances are kept to the CPUs and the memory that they asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Bounding {
+    /// Where the machine can do it; elsewhere a warning says why not.
+    #[default]
+    Auto,
+    /// Or AMS does not start.
+    Required,
+    /// Not at all.
+    Off,
 }
 
 /// The engine. Clones are handles of the same.
@@ -89,6 +117,8 @@ pub struct ProcessEngine {
 struct Inner {
     config: ProcessConfig,
     isolation: Isolation,
+    /// Or why there are none.
+    groups: Result<Groups, String>,
     entries: Mutex<BTreeMap<InstanceId, Entry>>,
     changes: broadcast::Sender<InstanceId>,
 }
@@ -131,8 +161,9 @@ impl ProcessEngine {
         if let Some(reason) = isolation.refusal() {
             tracing::warn!("instances cannot be isolated on this machine: {reason}");
         }
-        let inner =
-            Inner { config, isolation, entries: Mutex::default(), changes: broadcast::Sender::new(1024) };
+        let groups = groups(&config).await?;
+        let (entries, changes) = (Mutex::default(), broadcast::Sender::new(1024));
+        let inner = Inner { config, isolation, groups, entries, changes };
         let engine = Self { inner: Arc::new(inner) };
         let entries = fs::read_dir(&folder).map_err(|error| EngineError::io("reading", &folder, error))?;
         for entry in entries.flatten() {
@@ -141,7 +172,39 @@ impl ProcessEngine {
             };
             engine.adopt(id, entry.path()).await?;
         }
+        engine.drop_left_groups().await;
         Ok(engine)
+    }
+
+    /// Removes groups of instances that are not there any more: AMS ended between their two removals.
+    async fn drop_left_groups(&self) {
+        let Ok(groups) = &self.inner.groups else { return };
+        let left: Vec<InstanceId> = {
+            let entries = self.lock();
+            groups.list().into_iter().filter(|id| !entries.contains_key(id)).collect()
+        };
+        for id in left {
+            tracing::info!("removing the control group of instance {id}, which is gone");
+            self.drop_group(&id).await;
+        }
+    }
+
+    /// Removes the group of an instance, with what may still be in it.
+    async fn drop_group(&self, id: &InstanceId) {
+        let Ok(groups) = self.inner.groups.clone() else { return };
+        let of = id.clone();
+        if let Err(error) = blocking(move || groups.remove(&of)).await {
+            // The next start of AMS tries again.
+            tracing::warn!("the control group of instance {id}: {error}");
+        }
+    }
+
+    /// Why instances are not kept to what they asked for; none: they are.
+    pub fn unbounded(&self) -> Option<String> {
+        match &self.inner.groups {
+            Ok(groups) => groups.missing().map(|missing| format!("not bounded here: {missing}")),
+            Err(reason) => Some(format!("memory, cpu, pids are not bounded here: {reason}")),
+        }
     }
 
     /// Whether and how instances are kept apart here.
@@ -172,6 +235,9 @@ impl ProcessEngine {
         let entry = Entry { owner, known: watch::Sender::new(known), commands: None };
         self.lock().insert(id.clone(), entry);
         if live {
+            // Who talked to them did so through the AMS that is gone.
+            let of = id.clone();
+            blocking(move || enter::sweep_all(&of)).await;
             self.follow(id, folder, None);
         }
         Ok(())
@@ -228,7 +294,7 @@ impl ProcessEngine {
                     let last = state(&folder).await.filter(|report| !report.phase.is_live());
                     let report = match last {
                         Some(last) => last,
-                        None => lost(report).await,
+                        None => lost(&folder, report).await,
                     };
                     return self.learn(&id, report.into());
                 }
@@ -285,12 +351,26 @@ impl ProcessEngine {
             .ok_or(EngineError::NoUserId(config.uids))
     }
 
+    /// A group for a run, with the bounds of the instance; none where groups cannot be made.
+    async fn group(&self, id: &InstanceId, folder: &Path) -> Result<Option<Group>, EngineError> {
+        let Ok(groups) = self.inner.groups.clone() else { return Ok(None) };
+        let path = folder.join(BOUNDS_FILE);
+        // Instances that were made before there were bounds have none.
+        let bounds: Option<Bounds> =
+            report::read(&path).map_err(|error| EngineError::io("reading", path, error))?;
+        let of = id.clone();
+        let made = blocking(move || groups.make(&of, bounds.unwrap_or_default())).await;
+        made.map(Some)
+            .map_err(|error| EngineError::io("making the control group of the instance for", folder, error))
+    }
+
     fn launch(
         &self,
         id: &InstanceId,
         run: u32,
         owner: Owner,
         package: Option<PathBuf>,
+        group: Option<Group>,
     ) -> Result<Launch, EngineError> {
         let config = &self.inner.config;
         let folder = self.folder(id);
@@ -361,6 +441,7 @@ impl ProcessEngine {
             environment,
             // Of a user id that others use too, a bound would count their processes as well.
             processes: owner.own.then_some(MAX_PROCESSES),
+            group,
         })
     }
 }
@@ -383,6 +464,49 @@ impl Known {
 
 #[async_trait]
 impl Engine for ProcessEngine {
+    async fn machines(&self) -> Result<Vec<Machine>, EngineError> {
+        let config = &self.inner.config;
+        let cpus = std::thread::available_parallelism();
+        Ok(vec![Machine {
+            name: config.node.clone(),
+            address: config.address.clone(),
+            online: true,
+            leader: true,
+            architecture: std::env::consts::ARCH.into(),
+            cpus: cpus.map_or(1, |cpus| u32::try_from(cpus.get()).unwrap_or(u32::MAX)),
+            memory_bytes: memory_bytes(),
+            disk: disk(&config.folder),
+            places: config.uids,
+            message: self.unbounded().filter(|_| config.bounds != Bounding::Off).unwrap_or_default(),
+            ..Machine::default()
+        }])
+    }
+
+    async fn exec(&self, id: &InstanceId, exec: Exec) -> Result<Running, EngineError> {
+        let (owner, report) = {
+            let entries = self.lock();
+            let entry = entries.get(id).ok_or_else(|| EngineError::Absent(id.clone()))?;
+            let report = entry.known.borrow().report.clone();
+            (entry.owner, report)
+        };
+        let report = report.filter(|report| matches!(report.phase, Phase::Starting | Phase::Ready));
+        let Some(sandbox) = report.and_then(|report| report.sandbox) else {
+            return Err(EngineError::NotRunning(id.clone()));
+        };
+        let path = self.folder(id).join(report::LAUNCH_FILE);
+        let launch: Option<Launch> =
+            report::read(&path).map_err(|error| EngineError::io("reading", path, error))?;
+        let place = enter::Place {
+            id,
+            sandbox: &sandbox,
+            isolation: &self.inner.isolation,
+            owner: (owner.uid, owner.gid),
+            group: launch.as_ref().and_then(|launch| launch.group.as_ref()),
+            environment: launch.as_ref().map(|launch| launch.environment.clone()).unwrap_or_default(),
+        };
+        enter::run(place, exec).await
+    }
+
     async fn create(&self, spec: &Spec) -> Result<(), EngineError> {
         let id = spec.id().clone();
         let folder = self.folder(&id);
@@ -399,8 +523,15 @@ impl Engine for ProcessEngine {
                 }
             }
         };
+        let source = spec.copy_of.as_ref().map(|source| (source.clone(), self.folder(source)));
         let (spec, at) = (spec.clone(), folder.clone());
-        let made = blocking(move || make(&spec, &at, owner)).await;
+        let made = blocking(move || {
+            if let Some((source, from)) = source.filter(|_| !at.join(ENGINE_FILE).exists()) {
+                copy_home(&source, &from, &at, owner)?;
+            }
+            make(&spec, &at, owner)
+        })
+        .await;
         if let Err(error) = made {
             if !known_before {
                 let _ = remove(folder).await;
@@ -430,7 +561,8 @@ impl Engine for ProcessEngine {
         let package: Option<PathBuf> = report::read(&folder.join("package.json"))
             .map_err(|error| EngineError::io("reading", folder.join("package.json"), error))?
             .flatten();
-        let launch = self.launch(id, run, owner, package)?;
+        let group = self.group(id, &folder).await?;
+        let launch = self.launch(id, run, owner, package, group)?;
         let at = folder.clone();
         let shim = self.inner.config.shim.clone();
         let child = blocking(move || start_shim(&at, &shim, &launch)).await?;
@@ -468,10 +600,11 @@ impl Engine for ProcessEngine {
                 if let Some(report) = report {
                     tracing::warn!("the shim of instance {id} does not end: killing it");
                     report.shim.signal(Signal::KILL);
-                    lost(report).await;
+                    lost(&self.folder(id), report).await;
                 }
             }
         }
+        self.drop_group(id).await;
         remove(self.folder(id)).await?;
         self.lock().remove(id);
         let _ = self.inner.changes.send(id.clone());
@@ -533,6 +666,42 @@ impl Engine for ProcessEngine {
     }
 }
 
+/// What the settings and the machine allow.
+async fn groups(config: &ProcessConfig) -> Result<Result<Groups, String>, EngineError> {
+    if config.bounds == Bounding::Off {
+        return Ok(Err("engine.bounds is off".into()));
+    }
+    let folder = config.folder.clone();
+    let groups = blocking(move || Groups::open(&folder)).await;
+    let missing = match &groups {
+        Ok(groups) => groups.missing(),
+        Err(reason) => Some(reason.clone()),
+    };
+    match missing {
+        Some(reason) if config.bounds == Bounding::Required => return Err(EngineError::Unbounded(reason)),
+        Some(reason) => tracing::warn!(
+            "instances are not kept to the memory and the CPUs that they ask for, or not to all of it: {reason}"
+        ),
+        None => {}
+    }
+    Ok(groups)
+}
+
+/// All and free bytes of the disk a folder lies on.
+fn disk(folder: &Path) -> Option<(u64, u64)> {
+    let stat = rustix::fs::statvfs(folder).ok()?;
+    Some((stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize))
+}
+
+fn memory_bytes() -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kib = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:"))
+        .and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
+    kib.unwrap_or(0) * 1024
+}
+
 fn line(command: Command) -> Vec<u8> {
     let mut line = serde_json::to_vec(&command).expect("a command is JSON");
     line.push(b'\n');
@@ -564,7 +733,41 @@ fn make(spec: &Spec, folder: &Path, owner: Owner) -> Result<(), EngineError> {
     };
     write(report::GUEST_FILE, report::write(&folder.join(report::GUEST_FILE), &spec.guest))?;
     write("package.json", report::write(&folder.join("package.json"), &spec.package))?;
+    let bounds = Bounds { cpus: spec.share.cpus, memory_bytes: spec.share.memory_bytes };
+    write(BOUNDS_FILE, report::write(&folder.join(BOUNDS_FILE), &bounds))?;
     write(ENGINE_FILE, report::write(&folder.join(ENGINE_FILE), &owner))
+}
+
+/// Brings the home of an instance into the folder of another one that is being made.
+fn copy_home(source: &InstanceId, from: &Path, to: &Path, owner: Owner) -> Result<(), EngineError> {
+    let (from, home) = (from.join("home"), to.join("home"));
+    if !from.is_dir() {
+        return Err(EngineError::Absent(source.clone()));
+    }
+    make_folder(to, 0o700)?;
+    make_folder(&home, 0o700)?;
+    let run = |doing: &'static str, command: &mut std::process::Command| {
+        let output = command.stdin(Stdio::null()).output();
+        let output = output.map_err(|error| EngineError::io(doing, &home, error))?;
+        if output.status.success() {
+            return Ok(());
+        }
+        let said = String::from_utf8_lossy(&output.stderr);
+        let reason = said.trim().lines().last().unwrap_or("it did not say why").to_owned();
+        Err(EngineError::Refused { doing, reason })
+    };
+    // Links stay links, so nothing outside is read.
+    let mut copy = std::process::Command::new("cp");
+    copy.args(["--archive", "--reflink=auto", "--"]).arg(from.join(".")).arg(&home);
+    run("copying the files of the instance", &mut copy)?;
+    if owner.own {
+        let mut chown = std::process::Command::new("chown");
+        chown
+            .args(["--recursive", "--no-dereference", "--", &format!("{0}:{1}", owner.uid, owner.gid)])
+            .arg(&home);
+        run("handing the copied files over", &mut chown)?;
+    }
+    Ok(())
 }
 
 fn make_folder(path: &Path, mode: u32) -> Result<(), EngineError> {
@@ -666,7 +869,7 @@ async fn settled_state(folder: &Path) -> Option<Report> {
                     // Read again: it may have ended properly just now.
                     match state(folder).await {
                         Some(last) if !last.phase.is_live() => Some(last),
-                        _ => Some(lost(report).await),
+                        _ => Some(lost(folder, report).await),
                     }
                 }
                 other => other,
@@ -683,13 +886,11 @@ fn is_locked(folder: &Path) -> bool {
 }
 
 /// The end of a run whose shim died: nothing of it is left behind.
-async fn lost(mut report: Report) -> Report {
-    if let Some(sandbox) = &report.sandbox {
-        let deadline = Instant::now() + KILL_TIME;
-        while sandbox.is_alive() && Instant::now() < deadline {
-            sandbox.signal(Signal::KILL);
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+async fn lost(folder: &Path, mut report: Report) -> Report {
+    let path = folder.join(report::LAUNCH_FILE);
+    let launch: Option<Launch> = blocking(move || report::read(&path)).await.unwrap_or_default();
+    if let Some(launch) = launch {
+        end_sandbox(&launch.command).await;
     }
     report.phase = Phase::Ended(Ended {
         reason: EndReason::Failed,

@@ -12,21 +12,29 @@ use fanlight_service::{
 use http::HeaderMap;
 use serde::Deserialize;
 
-use super::{Listing, Trusted, accepted, applications::has_all, collection, done, object, raw};
-use crate::{Ams, engine::EngineError};
+use super::{
+    Caller, Listing, accepted, access::resolve, applications::has_all, collection, done, object_for, raw,
+};
+use crate::{
+    Ams,
+    engine::EngineError,
+    identity::permissions::{Kind, Object},
+};
 
 const IDEMPOTENCY_KEY: &str = "idempotency-key";
 
+/// Which of them are listed.
 #[derive(Debug, Default, Deserialize)]
 pub(super) struct Filters {
     recursion: Option<u8>,
     offset: Option<usize>,
     limit: Option<i64>,
+    entitlements: Option<u8>,
     id: Option<String>,
     name: Option<String>,
-    base: Option<bool>,
+    pub(super) base: Option<bool>,
     #[serde(rename = "type")]
-    kind: Option<String>,
+    pub(super) kind: Option<String>,
     status: Option<String>,
     node: Option<String>,
     app_id: Option<String>,
@@ -38,6 +46,15 @@ pub(super) struct Filters {
 }
 
 impl Filters {
+    pub(super) fn listing(&self) -> Listing {
+        Listing {
+            recursion: self.recursion,
+            offset: self.offset,
+            limit: self.limit,
+            entitlements: self.entitlements,
+        }
+    }
+
     fn take(&self, instance: &Instance) -> bool {
         let equal = |wanted: &Option<String>, is: &str| wanted.as_deref().is_none_or(|wanted| wanted == is);
         equal(&self.id, instance.id.as_str())
@@ -62,23 +79,28 @@ pub(super) struct Wait {
 
 pub(super) async fn list(
     State(ams): State<Ams>,
-    _: Trusted,
+    caller: Caller,
     Query(filters): Query<Filters>,
 ) -> Result<Response, ApiError> {
+    let list = find(&ams, &filters).await?;
+    Ok(collection(&caller, &filters.listing(), list, |instance| format!("/1.0/instances/{}", instance.id)))
+}
+
+/// Those that the filters let through.
+pub(super) async fn find(ams: &Ams, filters: &Filters) -> Result<Vec<Instance>, ApiError> {
     let mut list = Vec::new();
-    for record in ams.list_instances().await.map_err(ApiError::internal)? {
-        let instance = ams.show_instance(&record).await;
+    let nodes = ams.nodes.list().await.map_err(super::store_error)?;
+    for record in ams.list_instances().await.map_err(super::store_error)? {
+        let instance = ams.show_among(&record, &nodes).await;
         if filters.take(&instance) {
             list.push(instance);
         }
     }
-    let listing = Listing { recursion: filters.recursion, offset: filters.offset, limit: filters.limit };
-    Ok(collection(&listing, list, |instance| format!("/1.0/instances/{}", instance.id)))
+    Ok(list)
 }
 
 pub(super) async fn create(
     State(ams): State<Ams>,
-    _: Trusted,
     Query(query): Query<Wait>,
     headers: HeaderMap,
     Json(request): Json<InstancesPost>,
@@ -94,16 +116,16 @@ pub(super) async fn create(
 
 pub(super) async fn show(
     State(ams): State<Ams>,
-    _: Trusted,
+    caller: Caller,
     Path(id): Path<String>,
+    Query(query): Query<Listing>,
 ) -> Result<Response, ApiError> {
     let record = ams.find_instance(&id).await?.value;
-    Ok(object(ams.show_instance(&record).await))
+    Ok(object_for(&caller, &query, &record.url(), ams.show_instance(&record).await))
 }
 
 pub(super) async fn update(
     State(ams): State<Ams>,
-    _: Trusted,
     Path(id): Path<String>,
     Query(query): Query<Wait>,
     Json(request): Json<InstancePatch>,
@@ -113,7 +135,6 @@ pub(super) async fn update(
 
 pub(super) async fn delete(
     State(ams): State<Ams>,
-    _: Trusted,
     Path(id): Path<String>,
     OptionalJson(request): OptionalJson<Delete>,
 ) -> Result<Response, ApiError> {
@@ -122,9 +143,15 @@ pub(super) async fn delete(
 
 pub(super) async fn delete_many(
     State(ams): State<Ams>,
-    _: Trusted,
+    caller: Caller,
     OptionalJson(request): OptionalJson<DeleteMany>,
 ) -> Result<Response, ApiError> {
+    // All of them, before the first is gone.
+    for id in &request.ids {
+        if let Some(id) = resolve(&ams, Kind::Instance, id).await? {
+            caller.require("can_delete", &Object::One(Kind::Instance, id))?;
+        }
+    }
     let mut last = None;
     for id in &request.ids {
         last = Some(ams.delete_instance(id, request.force).await?);
@@ -133,11 +160,7 @@ pub(super) async fn delete_many(
         .ok_or_else(|| ApiError::bad_request("invalid-argument", "ids is required"))
 }
 
-pub(super) async fn logs(
-    State(ams): State<Ams>,
-    _: Trusted,
-    Path(id): Path<String>,
-) -> Result<Response, ApiError> {
+pub(super) async fn logs(State(ams): State<Ams>, Path(id): Path<String>) -> Result<Response, ApiError> {
     let record = ams.find_instance(&id).await?.value;
     let names = ams.engine.logs(&record.id).await;
     let urls: Vec<String> = names.into_iter().map(|name| format!("{}/logs/{name}", record.url())).collect();
@@ -146,7 +169,6 @@ pub(super) async fn logs(
 
 pub(super) async fn log(
     State(ams): State<Ams>,
-    _: Trusted,
     Path((id, name)): Path<(String, String)>,
 ) -> Result<Response, ApiError> {
     let record = ams.find_instance(&id).await?.value;

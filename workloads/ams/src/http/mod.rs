@@ -1,16 +1,27 @@
 //! The API (ams-api): the routes, who may use them, and the envelope of every answer.
 
+mod access;
+mod addons;
 mod applications;
+mod auth;
+mod containers;
+mod exec;
+mod images;
 mod instances;
+mod nodes;
+mod openapi;
+mod packages;
 mod service;
+mod settings;
+mod shares;
 
 use std::sync::Arc;
 
 use axum::{
     Router,
-    extract::{DefaultBodyLimit, FromRequestParts},
+    extract::DefaultBodyLimit,
     response::{IntoResponse, Response},
-    routing::{get, patch, post},
+    routing::{get, post},
 };
 use fanlight_api::{
     ams::{Operation, status},
@@ -18,40 +29,80 @@ use fanlight_api::{
 };
 use fanlight_service::{
     ApiError,
-    http::{Edge, Envelope, Json, Peer, PublicError},
+    http::{Edge, Envelope, Finished, Json, PublicError},
 };
 use fanlight_store::StoreError;
-use http::{HeaderValue, StatusCode, header, request::Parts};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
+pub(crate) use access::Access;
+use access::Caller;
+pub(crate) use exec::{End, Execs};
+pub use openapi::openapi;
+
 use crate::{
-    Ams, catalog::CatalogError, core::model::OperationRecord, instances::InstanceError,
-    package::PackageError, trust::TrustError,
+    Ams, catalog::CatalogError, core::model::OperationRecord, engine::EngineError, identity::permissions,
+    instances::InstanceError, metrics::Metrics, package::PackageError, trust::TrustError,
 };
 
-/// The whole API.
-pub(crate) fn edge(ams: Ams) -> Arc<Edge> {
+/// The whole API. `scheme`: of the listener, for metrics.
+pub(crate) fn edge(ams: Ams, scheme: &'static str) -> Arc<Edge> {
     let body_bytes = ams.config.limits.body_bytes;
     // Packages are bounded where they are written to disk.
     let unbounded = DefaultBodyLimit::disable;
+    let containers = Router::new()
+        .route(
+            "/1.0/containers",
+            get(containers::list).merge(post(containers::create)).delete(instances::delete_many),
+        )
+        .route(
+            "/1.0/containers/{id}",
+            get(containers::show).patch(instances::update).delete(instances::delete),
+        )
+        .route("/1.0/containers/{id}/exec", post(exec::create))
+        .route("/1.0/containers/{id}/logs", get(containers::logs))
+        .route("/1.0/containers/{id}/logs/{name}", get(instances::log))
+        .route_layer(axum::middleware::from_fn(containers::called));
     let router = Router::new()
         .route("/", get(service::versions))
         .route("/1.0", get(service::status))
         .route("/1.0/version", get(service::version))
-        .route("/1.0/config", get(service::config))
+        .route("/1.0/config", get(settings::show).patch(settings::change))
         .route("/1.0/events", get(service::events))
+        .route("/1.0/events/auth", post(auth::events_token))
         .route("/1.0/operations", get(service::operations))
         .route("/1.0/operations/{id}", get(service::operation).delete(service::cancel_operation))
         .route("/1.0/operations/{id}/wait", get(service::wait_for_operation))
-        .route("/1.0/certificates", get(service::certificates).post(service::add_certificate))
+        .route("/1.0/operations/{id}/websocket", get(exec::websocket))
+        .route("/1.0/certificates", get(auth::certificates).post(auth::add_certificate))
+        .route("/1.0/certificates/{fingerprint}", get(auth::certificate).delete(auth::remove_certificate))
+        .route("/1.0/auth/oidc", get(auth::oidc))
+        .route("/1.0/auth/permissions", get(auth::permissions))
+        .route("/1.0/auth/identities", get(auth::identities).post(auth::create_identity))
         .route(
-            "/1.0/certificates/{fingerprint}",
-            get(service::certificate).delete(service::remove_certificate),
+            "/1.0/auth/identities/{id}",
+            get(auth::identity).put(auth::update_identity).delete(auth::delete_identity),
         )
-        .route("/1.0/nodes", get(service::nodes))
-        .route("/1.0/nodes/{name}", get(service::node))
+        .route("/1.0/auth/groups", get(auth::groups).post(auth::create_group))
+        .route("/1.0/auth/groups/{name}", get(auth::group).put(auth::update_group).delete(auth::delete_group))
+        .route("/1.0/tasks", get(service::tasks))
+        .route("/1.0/metrics", get(service::metrics))
+        .route("/1.0/nodes", get(nodes::list).post(nodes::create))
+        .route("/1.0/nodes/{name}", get(nodes::show).patch(nodes::update).delete(nodes::delete))
+        .route("/1.0/images", get(images::list).post(images::create).layer(unbounded()))
+        .route(
+            "/1.0/images/{id}",
+            get(images::show).patch(images::update).delete(images::delete).layer(unbounded()),
+        )
+        .route("/1.0/images/{id}/{version}", axum::routing::delete(images::delete_version))
+        .route("/1.0/addons", get(addons::list).post(addons::create).layer(unbounded()))
+        .route(
+            "/1.0/addons/{name}",
+            get(addons::show).patch(addons::update).delete(addons::delete).layer(unbounded()),
+        )
+        .route("/1.0/addons/{name}/{version}", axum::routing::delete(addons::delete_version))
         .route(
             "/1.0/applications",
             get(applications::list)
@@ -69,7 +120,9 @@ pub(crate) fn edge(ams: Ams) -> Arc<Edge> {
         .route("/1.0/applications/{id}/manifest", get(applications::manifest))
         .route(
             "/1.0/applications/{id}/{version}",
-            patch(applications::update_version).delete(applications::delete_version),
+            get(applications::show_version)
+                .patch(applications::update_version)
+                .delete(applications::delete_version),
         )
         .route("/1.0/applications/{id}/{version}/manifest", get(applications::version_manifest))
         .route(
@@ -77,16 +130,36 @@ pub(crate) fn edge(ams: Ams) -> Arc<Edge> {
             get(instances::list).merge(post(instances::create)).delete(instances::delete_many),
         )
         .route("/1.0/instances/{id}", get(instances::show).patch(instances::update).delete(instances::delete))
+        .route("/1.0/instances/{id}/exec", post(exec::create))
+        .route("/1.0/instances/{id}/shares", post(shares::create))
+        .route(
+            "/1.0/instances/{id}/shares/{share}",
+            axum::routing::patch(shares::update).delete(shares::delete),
+        )
         .route("/1.0/instances/{id}/logs", get(instances::logs))
         .route("/1.0/instances/{id}/logs/{name}", get(instances::log))
-        .with_state(ams);
-    Edge::new(router, Arc::new(AmsStyle), body_bytes)
+        .merge(containers)
+        .route_layer(axum::middleware::from_fn_with_state(ams.clone(), access::guard))
+        .merge(packages::router(&ams))
+        .with_state(ams.clone());
+    Edge::new(router, Arc::new(AmsStyle { metrics: ams.metrics.clone(), scheme }), body_bytes)
 }
 
 /// Errors in the envelope of AMS, with our code and request id in `metadata`.
-struct AmsStyle;
+struct AmsStyle {
+    metrics: Arc<Metrics>,
+    scheme: &'static str,
+}
 
 impl Envelope for AmsStyle {
+    fn started(&self) {
+        self.metrics.started();
+    }
+
+    fn finished(&self, request: &Finished<'_>) {
+        self.metrics.finished(self.scheme, access::name(request.route), request);
+    }
+
     fn error_body(&self, error: &PublicError<'_>) -> Value {
         let mut metadata = json!({"code": error.code, "request_id": error.request_id});
         if let Some(reasons) = error.reasons {
@@ -125,31 +198,65 @@ fn done<T: Serialize>(metadata: T) -> Response {
     Json(sync(metadata)).into_response()
 }
 
+/// The tag of an object's content.
+fn tag<T: Serialize>(object: &T) -> String {
+    serde_json::to_vec(object).map(|bytes| hex::encode(Sha256::digest(bytes))).unwrap_or_default()
+}
+
+/// Whether an object still is as the caller believes, who may name its tag in `If-Match`.
+fn is_unchanged<T: Serialize>(headers: &HeaderMap, object: &T) -> bool {
+    let Some(wanted) = headers.get(header::IF_MATCH) else { return true };
+    let tag = tag(object);
+    let mut tags = wanted.to_str().unwrap_or_default().split(',').map(|tag| tag.trim().trim_matches('"'));
+    tags.any(|wanted| wanted == "*" || wanted == tag)
+}
+
 /// An object as an answer, with the tag of its content.
 fn object<T: Serialize>(metadata: T) -> Response {
-    let tag =
-        serde_json::to_vec(&metadata).map(|bytes| hex::encode(Sha256::digest(bytes))).unwrap_or_default();
-    let mut response = done(metadata);
+    let tag = tag(&metadata);
+    tagged(done(metadata), tag)
+}
+
+/// An object as an answer, with what the caller may do with it where that was asked for.
+fn object_for<T: Serialize>(caller: &Caller, query: &Listing, url: &str, metadata: T) -> Response {
+    if query.entitlements != Some(1) {
+        return object(metadata);
+    }
+    let tag = tag(&metadata);
+    tagged(done(with_entitlements(caller, url, &metadata)), tag)
+}
+
+fn tagged(mut response: Response, tag: String) -> Response {
     if let Ok(tag) = HeaderValue::try_from(tag) {
         response.headers_mut().insert(header::ETAG, tag);
     }
     response
 }
 
-/// Objects, or their URLs, as an answer.
-fn collection<T: Serialize>(query: &Listing, objects: Vec<T>, url: impl Fn(&T) -> String) -> Response {
+fn with_entitlements<T: Serialize>(caller: &Caller, url: &str, object: &T) -> Value {
+    let mut value = serde_json::to_value(object).unwrap_or_default();
+    if let Some(members) = value.as_object_mut() {
+        let held = caller.rights.entitlements(&permissions::to_see(url).object);
+        members.insert("entitlements".into(), json!(held));
+    }
+    value
+}
+
+/// Objects, or their URLs, as an answer: those that the caller may see.
+fn collection<T: Serialize>(
+    caller: &Caller,
+    query: &Listing,
+    mut objects: Vec<T>,
+    url: impl Fn(&T) -> String,
+) -> Response {
+    objects.retain(|object| caller.may_see(&url(object)));
     let total = objects.len() as u64;
-    let page = objects.into_iter().skip(query.offset.unwrap_or(0)).take(
-        query
-            .limit
-            .and_then(|limit| usize::try_from(limit).ok())
-            .filter(|limit| *limit > 0)
-            .unwrap_or(usize::MAX),
-    );
-    let metadata: Vec<Value> = if query.recursion == Some(1) {
-        page.map(|object| serde_json::to_value(object).unwrap_or_default()).collect()
-    } else {
-        page.map(|object| Value::from(url(&object))).collect()
+    let most = query.limit.and_then(|limit| usize::try_from(limit).ok()).filter(|limit| *limit > 0);
+    let page = objects.into_iter().skip(query.offset.unwrap_or(0)).take(most.unwrap_or(usize::MAX));
+    let metadata: Vec<Value> = match (query.recursion, query.entitlements) {
+        (Some(1), Some(1)) => page.map(|object| with_entitlements(caller, &url(&object), &object)).collect(),
+        (Some(1), _) => page.map(|object| serde_json::to_value(object).unwrap_or_default()).collect(),
+        _ => page.map(|object| Value::from(url(&object))).collect(),
     };
     Json(AmsEnvelope { total_size: Some(total), ..sync(metadata) }).into_response()
 }
@@ -182,46 +289,13 @@ struct Listing {
     recursion: Option<u8>,
     offset: Option<usize>,
     limit: Option<i64>,
-}
-
-/// A caller who may do everything. Needing it as an argument is the check.
-struct Trusted;
-
-/// Whether the caller may do everything.
-struct Caller {
-    trusted: bool,
-}
-
-impl FromRequestParts<Ams> for Caller {
-    type Rejection = ApiError;
-
-    async fn from_request_parts(parts: &mut Parts, ams: &Ams) -> Result<Self, ApiError> {
-        let peer = parts.extensions.get::<Peer>().cloned().unwrap_or_default();
-        let trusted = ams.trust.is_trusted(&peer).await.map_err(ApiError::internal)?;
-        Ok(Self { trusted })
-    }
-}
-
-impl FromRequestParts<Ams> for Trusted {
-    type Rejection = ApiError;
-
-    async fn from_request_parts(parts: &mut Parts, ams: &Ams) -> Result<Self, ApiError> {
-        match Caller::from_request_parts(parts, ams).await?.trusted {
-            true => Ok(Self),
-            false => Err(ApiError::forbidden(
-                "not-trusted",
-                "Not Authorized: the client's certificate is not trusted",
-            )),
-        }
-    }
+    entitlements: Option<u8>,
 }
 
 impl From<TrustError> for ApiError {
     fn from(error: TrustError) -> Self {
         match error {
             TrustError::Certificate(_) => Self::bad_request("invalid-certificate", error.to_string()),
-            TrustError::Exists => Self::conflict("certificate-exists", error.to_string()),
-            TrustError::Store(error) => store_error(error),
             TrustError::File { .. } => Self::internal(error),
         }
     }
@@ -254,14 +328,26 @@ impl From<CatalogError> for ApiError {
         }
         let text = error.to_string();
         match &error {
+            E::Image(_) => match error {
+                E::Image(error) => error.into(),
+                other => Self::internal(other),
+            },
             E::NotFound => Self::not_found("application-not-found", text),
             E::NoVersion(_) => Self::not_found("application-version-not-found", text),
             E::Exists(_) => Self::conflict("application-exists", text),
-            E::OtherName { .. } | E::Invalid(_) | E::Unsupported(_) => {
+            E::NoAddon | E::UnknownAddon(_) => Self::not_found("addon-not-found", text),
+            E::NoAddonVersion(_) => Self::not_found("addon-version-not-found", text),
+            E::AddonExists(_) => Self::conflict("addon-exists", text),
+            E::AddonInUse { .. } => Self::bad_request("addon-in-use", text),
+            E::Away { .. } => Self::unavailable("package-away", text),
+            E::LastAddonVersion => Self::bad_request("last-version", text),
+            E::OtherName { .. } | E::Invalid(_) | E::Required(_) | E::Unsupported(_) => {
                 Self::bad_request("invalid-argument", text)
             }
             E::InUse(_) => Self::bad_request("application-in-use", text),
+            E::Overtaken => Self::conflict("overtaken", text),
             E::LastVersion => Self::bad_request("last-version", text),
+            E::NotActive(_) => Self::bad_request("application-version-not-active", text),
             E::Fingerprint { .. } => Self::bad_request("fingerprint-mismatch", text),
             E::TooLarge(_) => Self::new(StatusCode::PAYLOAD_TOO_LARGE, "package-too-large", text),
             E::CutOff(_) => Self::bad_request("upload-cut-off", text),
@@ -294,7 +380,25 @@ impl From<InstanceError> for ApiError {
                 Self::bad_request("no-suitable-node", text).with_reasons(reasons)
             }
             E::Catalog(error) => error.into(),
+            E::Image(error) => error.into(),
             E::Store(error) => store_error(error),
+        }
+    }
+}
+
+impl From<EngineError> for ApiError {
+    fn from(error: EngineError) -> Self {
+        use EngineError as E;
+        let text = error.to_string();
+        match &error {
+            E::Absent(_) => Self::not_found("instance-not-found", text),
+            E::NoLog(_) => Self::not_found("log-not-found", text),
+            E::Unsupported(..) => Self::bad_request("not-supported", text),
+            E::NotRunning(_) => Self::bad_request("not-running", text),
+            E::Refused { .. } => Self::bad_request("refused", text),
+            E::Away { .. } => Self::new(StatusCode::SERVICE_UNAVAILABLE, "engine-away", text),
+            E::DiskFull { .. } => Self::new(StatusCode::INSUFFICIENT_STORAGE, "disk-full", text),
+            _ => Self::internal(error),
         }
     }
 }

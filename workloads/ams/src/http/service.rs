@@ -1,4 +1,4 @@
-//! The service itself, operations, events, certificates and nodes.
+//! The service itself, operations, events, tasks and metrics.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -10,39 +10,47 @@ use axum::{
             rejection::WebSocketUpgradeRejection,
         },
     },
-    response::Response,
+    response::{IntoResponse as _, Response},
 };
 use fanlight_api::{
     OperationId,
-    ams::{CertificatesPost, EVENT_LIFECYCLE, EVENT_OPERATION, Operation, ServiceStatus, Version},
+    ams::{EVENT_LIFECYCLE, EVENT_OPERATION, Event, Operation, ServiceStatus, Task, Version},
 };
-use fanlight_service::{
-    ApiError,
-    http::{Json, Query},
-    tls::fingerprint,
-};
+use fanlight_service::{ApiError, http::Query};
 use fanlight_store::StoreExt as _;
+use http::{StatusCode, header};
 use serde::Deserialize;
 use serde_json::json;
 use tokio::sync::broadcast::error::RecvError;
 
-use super::{Caller, Listing, Trusted, accepted, collection, done, object};
+use super::{Caller, Listing, done, store_error};
 use crate::{
     Ams,
     core::{model::key, placement::Allocations},
-    trust,
+    identity::permissions::{Kind, Object, Rights, catalogue},
+    metrics::NodeCount,
+    tasks,
 };
 
-/// What is there beyond version 1.0; nothing else.
+/// What is there beyond version 1.0; nothing else. Names that begin with `fanlight_` are ours.
 const EXTENSIONS: &[&str] = &[
     "instance_support",
+    "instance_exec",
     "zip_archive_support",
     "bulk_delete.instances",
     "bulk_delete.applications",
     "application_manifest_version",
     "application_manifest_download",
+    "application_image_export",
     "application_partial_updates",
+    "oidc_support",
+    "auth.groups",
+    "metrics_api_endpoint",
+    "fanlight_application_pool",
 ];
+/// What is there where instances are made of images.
+const WITH_IMAGES: &[&str] =
+    &["instance_publish", "application_hooks", "addon_restore_hook", "addon_backup_hook"];
 /// Between pings on an events socket.
 const PING: Duration = Duration::from_secs(30);
 
@@ -51,14 +59,22 @@ pub(super) async fn versions() -> Response {
 }
 
 pub(super) async fn status(State(ams): State<Ams>, caller: Caller) -> Response {
-    let shown = |text: &str| caller.trusted.then(|| text.to_owned());
+    let known = caller.is_known();
+    let more = if ams.engine.has_images() { WITH_IMAGES } else { &[] };
+    let with_agent: &[&str] = if ams.agent.is_some() { &["instance_share_support"] } else { &[] };
+    let extensions = EXTENSIONS.iter().chain(more).chain(with_agent);
+    let shown = |text: &str| known.then(|| text.to_owned());
+    let mut methods = vec!["2waySSL".to_owned()];
+    if !ams.settings.get().oidc.issuer.is_empty() {
+        methods.push("oidc".into());
+    }
     done(ServiceStatus {
-        api_extensions: EXTENSIONS.iter().map(ToString::to_string).collect(),
+        api_extensions: extensions.map(ToString::to_string).collect(),
         api_status: "stable".into(),
         api_version: "1.0".into(),
-        auth: if caller.trusted { "trusted" } else { "untrusted" }.into(),
-        auth_methods: vec!["2waySSL".into()],
-        auth_permissions: caller.trusted.then(BTreeMap::new),
+        auth: if known { "trusted" } else { "untrusted" }.into(),
+        auth_methods: methods,
+        auth_permissions: known.then(catalogue),
         cluster_id: shown(&ams.cluster.id),
         cluster_name: shown(&ams.cluster.name),
     })
@@ -68,26 +84,16 @@ pub(super) async fn version() -> Response {
     done(Version { version: env!("CARGO_PKG_VERSION").into() })
 }
 
-/// The keys of the original that have a meaning here, as they are.
-pub(super) async fn config(State(ams): State<Ams>, _: Trusted) -> Response {
-    let config = &ams.config;
-    done(json!({"config": {
-        "agent.api.fingerprint": config.agent.fingerprint,
-        "agent.api.url": config.agent.url,
-        "application.auto_publish": config.applications.auto_publish,
-        "application.max_published_versions": config.applications.max_published_versions,
-        "core.https_address": ams.address.to_string(),
-        "core.trust_password": !config.trust.password_file.as_os_str().is_empty(),
-        "scheduler.strategy": config.node.strategy,
-    }}))
-}
-
 pub(super) async fn operations(
     State(ams): State<Ams>,
-    _: Trusted,
+    caller: Caller,
     Query(query): Query<Listing>,
 ) -> Result<Response, ApiError> {
-    let map = ams.operations.list().await.map_err(ApiError::internal)?;
+    let mut map = ams.operations.list().await.map_err(store_error)?;
+    map.retain(|_, list| {
+        list.retain(|operation| may_see(&caller.rights, operation));
+        !list.is_empty()
+    });
     if query.recursion == Some(1) {
         return Ok(done(map));
     }
@@ -97,26 +103,42 @@ pub(super) async fn operations(
     Ok(done(map.into_iter().map(|(status, list)| (status, urls(list))).collect::<BTreeMap<_, _>>()))
 }
 
-async fn find(ams: &Ams, id: &str) -> Result<Operation, ApiError> {
+/// An operation is shown to whoever may see everything that it is about.
+fn may_see(rights: &Rights, operation: &Operation) -> bool {
+    let mut urls = operation.resources.values().flatten().peekable();
+    *rights == Rights::Everything || (urls.peek().is_some() && urls.all(|url| rights.may_see(url)))
+}
+
+async fn find(ams: &Ams, caller: &Caller, id: &str) -> Result<Operation, ApiError> {
     let missing = || ApiError::not_found("operation-not-found", "operation not found");
     let id: OperationId = id.parse().map_err(|_| missing())?;
-    ams.operations.get(&id).await.map_err(ApiError::internal)?.ok_or_else(missing)
+    let operation = ams.operations.get(&id).await.map_err(store_error)?;
+    operation.filter(|operation| may_see(&caller.rights, operation)).ok_or_else(missing)
 }
 
 pub(super) async fn operation(
     State(ams): State<Ams>,
-    _: Trusted,
+    caller: Caller,
     Path(id): Path<String>,
 ) -> Result<Response, ApiError> {
-    Ok(done(find(&ams, &id).await?))
+    Ok(done(find(&ams, &caller, &id).await?))
 }
 
 pub(super) async fn cancel_operation(
     State(ams): State<Ams>,
-    _: Trusted,
+    caller: Caller,
     Path(id): Path<String>,
 ) -> Result<Response, ApiError> {
-    find(&ams, &id).await?;
+    let operation = find(&ams, &caller, &id).await?;
+    if operation.class == "websocket" && !operation.is_final() {
+        for url in operation.resources.values().flatten() {
+            let instance = url.rsplit('/').next().unwrap_or_default().to_owned();
+            caller.require("can_exec", &Object::One(Kind::Instance, instance))?;
+        }
+        if ams.execs.cancel(&operation.id) {
+            return Ok((StatusCode::ACCEPTED, done(json!({}))).into_response());
+        }
+    }
     Err(ApiError::bad_request("not-cancellable", "operation cannot be cancelled"))
 }
 
@@ -127,15 +149,15 @@ pub(super) struct Wait {
 
 pub(super) async fn wait_for_operation(
     State(ams): State<Ams>,
-    _: Trusted,
+    caller: Caller,
     Path(id): Path<String>,
     Query(query): Query<Wait>,
 ) -> Result<Response, ApiError> {
-    let operation = find(&ams, &id).await?;
+    let operation = find(&ams, &caller, &id).await?;
     // Negative or absent: for ever, but not longer than the server runs.
     let timeout = query.timeout.and_then(|seconds| u64::try_from(seconds).ok()).map(Duration::from_secs);
     let waited = tokio::select! {
-        waited = ams.operations.wait(&operation.id, timeout) => waited.map_err(ApiError::internal)?,
+        waited = ams.operations.wait(&operation.id, timeout) => waited.map_err(store_error)?,
         () = ams.shutdown.stopping() => return Err(ApiError::unavailable("stopping", "AMS is shutting down")),
     };
     waited.map(done).ok_or_else(|| ApiError::not_found("operation-not-found", "operation not found"))
@@ -149,20 +171,38 @@ pub(super) struct EventFilter {
 
 pub(super) async fn events(
     State(ams): State<Ams>,
-    _: Trusted,
+    caller: Caller,
     Query(filter): Query<EventFilter>,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Result<Response, ApiError> {
     let upgrade =
         upgrade.map_err(|_| ApiError::bad_request("websocket-needed", "events are read with a websocket"))?;
+    let who = caller.who.ok_or_else(|| ApiError::internal("a caller without a name passed the check"))?;
     let kinds = kinds(filter.kinds.as_deref().unwrap_or(""));
     // From before the answer: nothing that happens after the client sees the socket open is missed.
     let receiver = ams.events.subscribe();
     let shutdown = ams.shutdown.clone();
     Ok(upgrade.on_upgrade(async move |socket| {
         let token = shutdown.token().clone();
-        shutdown.spawn("events", async move { tell(socket, receiver, kinds, token).await });
+        // Asked for each event: rights change while a socket is open.
+        let rights = move || ams.identities.rights(&who, ams.settings.get().fine_grained);
+        shutdown.spawn("events", async move { tell(socket, receiver, kinds, rights, token).await });
     }))
+}
+
+/// Whether somebody with these rights hears of an event.
+fn may_hear(rights: &Rights, event: &Event) -> bool {
+    match event.kind.as_str() {
+        _ if *rights == Rights::Everything => true,
+        EVENT_OPERATION => {
+            let operation = serde_json::from_value::<Operation>(event.metadata.clone());
+            operation.is_ok_and(|operation| may_see(rights, &operation))
+        }
+        EVENT_LIFECYCLE => {
+            event.metadata.get("source").and_then(|url| url.as_str()).is_some_and(|url| rights.may_see(url))
+        }
+        _ => false,
+    }
 }
 
 /// Kinds of events that a filter lets through; empty: all.
@@ -184,8 +224,9 @@ fn kinds(filter: &str) -> Vec<&'static str> {
 
 async fn tell(
     mut socket: WebSocket,
-    mut events: tokio::sync::broadcast::Receiver<fanlight_api::ams::Event>,
+    mut events: tokio::sync::broadcast::Receiver<Event>,
     kinds: Vec<&'static str>,
+    rights: impl Fn() -> Option<Rights> + Send,
     stopping: tokio_util::sync::CancellationToken,
 ) {
     let mut ping = tokio::time::interval(PING);
@@ -201,6 +242,10 @@ async fn tell(
                     Err(RecvError::Lagged(_)) => break "events were lost, because they were read too slowly",
                     Err(RecvError::Closed) => break "AMS is shutting down",
                 };
+                let Some(rights) = rights() else { break "the caller's identity was removed" };
+                if !may_hear(&rights, &event) {
+                    continue;
+                }
                 let text = serde_json::to_string(&event).expect("an event is JSON");
                 if socket.send(Message::Text(text.into())).await.is_err() {
                     return;
@@ -224,92 +269,40 @@ async fn tell(
     let _ = socket.send(Message::Close(Some(close))).await;
 }
 
-pub(super) async fn certificates(
-    State(ams): State<Ams>,
-    _: Trusted,
-    Query(query): Query<Listing>,
-) -> Result<Response, ApiError> {
-    let list = ams.trust.list().await.map_err(ApiError::internal)?;
-    Ok(collection(&query, list, |certificate| certificate_url(&certificate.fingerprint)))
-}
-
-pub(super) async fn certificate(
-    State(ams): State<Ams>,
-    _: Trusted,
-    Path(fingerprint): Path<String>,
-) -> Result<Response, ApiError> {
-    ams.trust.get(&fingerprint).await.map_err(ApiError::internal)?.map(object).ok_or_else(no_certificate)
-}
-
-pub(super) async fn add_certificate(
+/// Starts, stops and removals of instances that are going on; work of the scheduler, as the original calls it.
+pub(super) async fn tasks(
     State(ams): State<Ams>,
     caller: Caller,
-    Json(request): Json<CertificatesPost>,
-) -> Result<Response, ApiError> {
-    if !caller.trusted && !ams.trust.is_password(&request.trust_password) {
-        // Guessing must not be fast.
-        tokio::time::sleep(Duration::from_millis(500)).await;
-        return Err(ApiError::forbidden("not-trusted", "Not Authorized: the trust password is wrong"));
-    }
-    let der = trust::certificate(&request.certificate)?;
-    let fingerprint = fingerprint(&der);
-    let url = certificate_url(&fingerprint);
-    let (operation, write) = ams.operations.prepare_done("Adding certificate", "certificates", &url, Ok(()));
-    ams.trust.add(&der, vec![write]).await?;
-    ams.operations.begun(&operation);
-    tracing::info!("certificate {fingerprint} is trusted now");
-    Ok(accepted(&operation))
-}
-
-pub(super) async fn remove_certificate(
-    State(ams): State<Ams>,
-    _: Trusted,
-    Path(fingerprint): Path<String>,
-) -> Result<Response, ApiError> {
-    if ams.trust.get(&fingerprint).await.map_err(ApiError::internal)?.is_none() {
-        return Err(no_certificate());
-    }
-    let url = certificate_url(&fingerprint);
-    let (operation, write) =
-        ams.operations.prepare_done("Removing certificate", "certificates", &url, Ok(()));
-    ams.trust.remove(&fingerprint, vec![write]).await?;
-    ams.operations.begun(&operation);
-    tracing::info!("certificate {fingerprint} is not trusted any more");
-    Ok(accepted(&operation))
-}
-
-fn certificate_url(fingerprint: &str) -> String {
-    format!("/1.0/certificates/{fingerprint}")
-}
-
-fn no_certificate() -> ApiError {
-    ApiError::not_found("certificate-not-found", "certificate not found")
-}
-
-pub(super) async fn nodes(
-    State(ams): State<Ams>,
-    _: Trusted,
     Query(query): Query<Listing>,
 ) -> Result<Response, ApiError> {
-    let node = local(&ams).await?;
-    Ok(collection(&query, vec![node], |node| format!("/1.0/nodes/{}", node.name)))
-}
-
-pub(super) async fn node(
-    State(ams): State<Ams>,
-    _: Trusted,
-    Path(name): Path<String>,
-) -> Result<Response, ApiError> {
-    if name != ams.node.name().as_str() {
-        return Err(ApiError::not_found("node-not-found", "node not found"));
+    let records = ams.list_instances().await.map_err(store_error)?;
+    let mut tasks: Vec<Task> = records.iter().filter_map(|record| tasks::of(record)).collect();
+    tasks.retain(|task| caller.may_see(&format!("/1.0/instances/{}", task.object_id)));
+    // Not `collection`: the tasks were looked through by what they are about.
+    if query.recursion == Some(1) {
+        return Ok(done(tasks));
     }
-    Ok(object(local(&ams).await?))
+    Ok(done(tasks.into_iter().map(|task| format!("/1.0/tasks/{}", task.id)).collect::<Vec<_>>()))
 }
 
-async fn local(ams: &Ams) -> Result<fanlight_api::ams::Node, ApiError> {
-    let allocations = ams.store.get_json::<Allocations>(&key::allocations(ams.node.name())).await;
-    let used = allocations.map_err(ApiError::internal)?.map(|record| record.value.used()).unwrap_or_default();
-    Ok(ams.node.to_api(&ams.config.folder, used))
+pub(super) async fn metrics(State(ams): State<Ams>) -> Result<Response, ApiError> {
+    let mut nodes = Vec::new();
+    for node in ams.nodes.list().await.map_err(store_error)? {
+        let used = ams.store.get_json::<Allocations>(&key::allocations(&node.offer.node)).await;
+        let used = used.map_err(store_error)?.map(|record| record.value.used()).unwrap_or_default();
+        let of_gpus = |part: fn(&(u32, u32)) -> u32| used.gpus.values().map(part).sum();
+        nodes.push(NodeCount {
+            name: node.machine.name.clone(),
+            cpus: (node.offer.cpus, used.cpus),
+            memory_bytes: (node.offer.memory_bytes, used.memory_bytes),
+            gpu_slots: (node.offer.gpus.iter().map(|gpu| gpu.slots).sum(), of_gpus(|gpu| gpu.0)),
+            encoder_slots: (node.offer.gpus.iter().map(|gpu| gpu.encoder_slots).sum(), of_gpus(|gpu| gpu.1)),
+        });
+    }
+    let applications = ams.catalog.list().await.map_err(store_error)?.len();
+    let instances = ams.list_instances().await.map_err(store_error)?;
+    let text = ams.metrics.render(&nodes, applications, instances.iter().map(|record| &**record));
+    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response())
 }
 
 #[cfg(test)]

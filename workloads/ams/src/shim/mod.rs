@@ -5,8 +5,6 @@
 //! every change, one JSON line each. It decides nothing: when it is asked to stop it asks the streamer, and kills
 //! when the grace is over. When the shim itself is killed, the sandbox dies with it.
 
-mod log;
-pub mod notify;
 pub mod report;
 
 use std::{
@@ -20,12 +18,13 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use fanlight_api::{
     PROTOCOL_VERSION,
-    guest::{EXIT_BAD_GUEST, EndReason, Ended},
+    guest::{EndReason, Ended, conclude},
+    notify,
 };
-use fanlight_service::telemetry;
+use fanlight_service::{bounded_log::Log, telemetry};
 use rustix::{
     fs::{FlockOperation, flock},
-    process::{Resource, Rlimit, Signal, setrlimit},
+    process::{Resource, Rlimit, Signal, WaitOptions, setrlimit, waitpid},
 };
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
@@ -37,17 +36,18 @@ use tokio::{
     time::Instant,
 };
 
-use self::{
-    log::Log,
-    report::{Command, Launch, Report},
-};
+use self::report::{Command, Launch, Report};
 use crate::{
     core::life::Phase,
+    engine::Group,
     processes::{self, Identity},
+    size,
 };
 
 /// Bound of the streamer's log, both parts, bytes.
 const LOG_BOUND: u64 = 8 << 20;
+/// How long the end of what was killed may take.
+const KILL_TIME: Duration = Duration::from_secs(10);
 /// How long to wait for output and connections after the end.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 /// Grace for a stop that came as a signal.
@@ -70,6 +70,11 @@ fn keep(folder: &Path) -> Result<()> {
     // Own session: neither a terminal's Ctrl-C nor the end of AMS reaches the instance. Fails only where that
     // is already so.
     let _ = rustix::process::setsid();
+    // After that: no terminal is ours, but programs inside have some.
+    processes::hear_signals();
+    // What a sandbox leaves behind when it is killed comes to this process, and to nobody else.
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
+        .context("becoming the parent of what the sandbox leaves behind")?;
     // What is written here is for AMS alone.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     // The one thread is the one that starts the sandbox: the kernel kills that with the thread.
@@ -90,9 +95,10 @@ async fn run(folder: &Path) -> Result<()> {
     let guest = std::fs::read(folder.join(report::GUEST_FILE)).context("reading the guest file")?;
     let mut run = Run::new(folder, &launch)?;
     let ended = match run.start(&launch, guest) {
-        Ok(child) => run.watch(child).await,
+        Ok(child) => within(launch.group.as_ref(), run.watch(child).await),
         Err(error) => Ended { reason: EndReason::Failed, message: format!("{error:#}") },
     };
+    end_children().await;
     run.end(ended).await;
     drop(lock);
     Ok(())
@@ -155,7 +161,11 @@ impl Run {
             bail!("there is no program to run")
         };
         let (output, output_of_child) = io::pipe().context("making a pipe")?;
-        let mut child = tokio::process::Command::new(program)
+        let mut command = tokio::process::Command::new(program);
+        if let Some(group) = &launch.group {
+            group.receive(command.as_std_mut()).context("entering the control group of the instance")?;
+        }
+        let mut child = command
             .args(arguments)
             .env_clear()
             .envs(&launch.environment)
@@ -270,6 +280,61 @@ impl Run {
     }
 }
 
+/// Ends what is left of the sandbox below this process. Its inner process ends with its outer one only from when it has
+/// made its mounts, and has ended only when every process of its namespace has: then their ports are free.
+async fn end_children() {
+    let own = rustix::process::getpid().as_raw_nonzero().get();
+    let deadline = Instant::now() + KILL_TIME;
+    loop {
+        loop {
+            match waitpid(None, WaitOptions::NOHANG) {
+                Ok(Some(_)) => {}
+                Ok(None) => break,
+                // There are no children any more.
+                Err(_) => return,
+            }
+        }
+        for child in processes::children(own) {
+            child.signal(Signal::KILL);
+        }
+        if Instant::now() > deadline {
+            tracing::error!("a process of the instance does not end {KILL_TIME:?} after it was killed");
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// Ends what is left of a sandbox whose shim is gone. Its inner process ends with its outer one only from when it has made its mounts; it
+/// has the outer one's command line.
+pub async fn end_sandbox(command: &[String]) {
+    let deadline = Instant::now() + KILL_TIME;
+    loop {
+        let left = processes::with_command(command);
+        for process in &left {
+            process.signal(Signal::KILL);
+        }
+        if left.is_empty() || Instant::now() > deadline {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// The end of a run whose group may have ended it: the kernel does that with a signal that says nothing.
+fn within(group: Option<&Group>, ended: Ended) -> Ended {
+    match group {
+        Some(group) if ended.reason == EndReason::Failed && group.ran_out_of_memory() => Ended {
+            reason: EndReason::Failed,
+            message: format!(
+                "out of memory: the instance wanted more than its {} (resources.memory)",
+                size::format(group.bounds.memory_bytes)
+            ),
+        },
+        _ => ended,
+    }
+}
+
 /// A stop that is under way.
 struct Stop {
     deadline: Instant,
@@ -306,51 +371,6 @@ fn streamer(child: &Child) -> Option<Identity> {
     let outer = i32::try_from(child.id()?).ok()?;
     let first = processes::children(outer).into_iter().next()?;
     processes::children(first.pid).into_iter().next()
-}
-
-/// Why the run ended, from the exit status, whether it was stopped (and if so whether it had been asked before it was
-/// killed), and what the streamer said itself.
-fn conclude(
-    status: io::Result<std::process::ExitStatus>,
-    stopped: Option<bool>,
-    said: Option<Ended>,
-) -> Ended {
-    use std::os::unix::process::ExitStatusExt as _;
-    let failed = |message: String| Ended { reason: EndReason::Failed, message };
-    let status = match status {
-        Ok(status) => status,
-        Err(error) => return failed(format!("waiting for the streamer: {error}")),
-    };
-    match said {
-        Some(said) if stopped.is_some() && said.reason.is_graceful() => {
-            Ended { reason: EndReason::Stopped, ..said }
-        }
-        Some(said) if stopped.is_none() && said.reason.is_graceful() == status.success() => said,
-        // What failed while it was stopped is stopped; what says it is fine and then crashes is not.
-        _ if stopped.is_some() => Ended {
-            reason: EndReason::Stopped,
-            message: match status.signal() {
-                Some(9) if stopped == Some(true) => "killed, because it did not stop in time".into(),
-                Some(9) => "killed".into(),
-                _ => "stopped".into(),
-            },
-        },
-        _ => match (status.code(), status.signal()) {
-            (Some(0), _) => Ended { reason: EndReason::Finished, message: "finished".into() },
-            (Some(EXIT_BAD_GUEST), _) => {
-                failed("the streamer cannot use its guest file; streamer.log says why".into())
-            }
-            (Some(code), _) if code > 128 => {
-                failed(format!("the streamer was ended by signal {}; streamer.log may say more", code - 128))
-            }
-            (Some(code), _) => {
-                failed(format!("the streamer ended with status {code}; streamer.log may say why"))
-            }
-            (None, signal) => {
-                failed(format!("the sandbox was ended by signal {}", signal.unwrap_or_default()))
-            }
-        },
-    }
 }
 
 fn bind<T>(path: &Path, bind: impl FnOnce(&Path) -> io::Result<T>) -> Result<T> {
@@ -412,42 +432,5 @@ async fn copy(mut from: tokio::net::unix::pipe::Receiver, mut log: Log) {
         && length > 0
     {
         log.write(&buffer[..length]);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::os::unix::process::ExitStatusExt as _;
-
-    use super::*;
-
-    #[test]
-    fn the_end_of_a_run_is_told_from_its_exit_its_words_and_what_was_asked() {
-        let code = |code: i32| std::process::ExitStatus::from_raw(code << 8);
-        let signal = std::process::ExitStatus::from_raw;
-        let said = |reason| Some(Ended { reason, message: "said".into() });
-        use EndReason as E;
-        for (status, stopped, said, reason, text) in [
-            (code(0), None, said(E::Idle), E::Idle, "said"),
-            (code(0), None, None, E::Finished, "finished"),
-            (code(0), Some(true), None, E::Stopped, "stopped"),
-            (code(0), Some(true), said(E::Stopped), E::Stopped, "said"),
-            (signal(9), Some(true), None, E::Stopped, "did not stop in time"),
-            (signal(9), Some(false), None, E::Stopped, "killed"),
-            (code(70), Some(true), said(E::Failed), E::Stopped, "stopped"),
-            (code(70), None, said(E::Failed), E::Failed, "said"),
-            (code(70), None, None, E::Failed, "status 70"),
-            (code(78), None, None, E::Failed, "guest file"),
-            (code(139), None, None, E::Failed, "signal 11"),
-            (signal(9), None, None, E::Failed, "signal 9"),
-            (code(139), None, said(E::Finished), E::Failed, "signal 11"),
-            (code(0), None, said(E::Failed), E::Finished, "finished"),
-        ] {
-            let ended = conclude(Ok(status), stopped, said);
-            assert!(
-                ended.reason == reason && ended.message.contains(text),
-                "{status:?} {stopped:?}: {ended:?}"
-            );
-        }
     }
 }

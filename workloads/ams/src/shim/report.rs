@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, io, path::Path};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{core::life::Phase, processes::Identity};
+use crate::{core::life::Phase, engine::Group, processes::Identity};
 
 /// Written by AMS before it starts a shim.
 pub const LAUNCH_FILE: &str = "launch.json";
@@ -39,6 +39,9 @@ pub struct Launch {
     /// Most processes of the instance's user; none: no bound.
     #[serde(default)]
     pub processes: Option<u64>,
+    /// Keeps the run to what it may take; none: nothing does.
+    #[serde(default)]
+    pub group: Option<Group>,
 }
 
 /// The whole state of a run.

@@ -44,11 +44,15 @@ const MANIFEST: &str =
     "name: terminal\ncommand: foot\ntitle: Terminal\nresources: {cpus: 1, memory: 64MB}\ntags: [demo]\n";
 
 /// AMS on a free port with a simulated engine.
-struct Stack {
-    folder: tempfile::TempDir,
-    running: Running,
-    engine: SimulatedEngine,
-    client: AmsClient,
+pub struct Stack {
+    /// Its files.
+    pub folder: tempfile::TempDir,
+    /// The program.
+    pub running: Running,
+    /// What it runs instances with.
+    pub engine: SimulatedEngine,
+    /// A trusted client.
+    pub client: AmsClient,
 }
 
 fn key_files(folder: &Path, name: &str) -> KeyFiles {
@@ -63,7 +67,8 @@ fn identity(files: &KeyFiles) -> Identity {
 }
 
 impl Stack {
-    async fn start(script: Script, change: impl FnOnce(&mut Config)) -> Self {
+    /// With a store of its own.
+    pub async fn start(script: Script, change: impl FnOnce(&mut Config)) -> Self {
         let folder = tempfile::tempdir().expect("made");
         let store: Handle = Arc::new(Embedded::memory());
         Self::over(folder, script, store, change).await
@@ -72,6 +77,16 @@ impl Stack {
     async fn over(
         folder: tempfile::TempDir,
         script: Script,
+        store: Handle,
+        change: impl FnOnce(&mut Config),
+    ) -> Self {
+        Self::beside(folder, SimulatedEngine::new(script), store, change).await
+    }
+
+    /// On a store and an engine that others use too.
+    pub async fn beside(
+        folder: tempfile::TempDir,
+        engine: SimulatedEngine,
         store: Handle,
         change: impl FnOnce(&mut Config),
     ) -> Self {
@@ -89,7 +104,6 @@ impl Stack {
             ..Config::default()
         };
         change(&mut config);
-        let engine = SimulatedEngine::new(script);
         let parts = Parts {
             store: Some(store),
             listener: Some(std::net::TcpListener::bind("127.0.0.1:0").expect("bound")),
@@ -112,11 +126,13 @@ impl Stack {
         (Self::client(&self.running, Some(&identity(&files))), files)
     }
 
-    async fn application(&self) {
+    /// Makes the application of the tests.
+    pub async fn application(&self) {
         self.client.create_application(tar_of(MANIFEST).into()).await.expect("created");
     }
 
-    async fn launch(&self) -> String {
+    /// Launches it, and gives the instance's id.
+    pub async fn launch(&self) -> String {
         let operation = self.client.launch(&terminal(), false, None).await.expect("accepted");
         let done = self.client.wait(&operation, PATIENCE).await.expect("running");
         done.resource("instances").expect("an instance").to_owned()
@@ -128,7 +144,7 @@ impl Stack {
     }
 }
 
-fn terminal() -> InstancesPost {
+pub fn terminal() -> InstancesPost {
     InstancesPost { app_id: "terminal".into(), ..InstancesPost::default() }
 }
 
@@ -141,7 +157,7 @@ fn refusal<T: std::fmt::Debug>(result: Result<T, ClientError>) -> (u16, String) 
 }
 
 /// A request as curl would send it, over the unix socket: status and body.
-async fn raw(socket: &Path, request: &str) -> (u16, Value) {
+pub async fn raw(socket: &Path, request: &str) -> (u16, Value) {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let mut stream = tokio::net::UnixStream::connect(socket).await.expect("connected");
     // A server that refuses a body closes before all of it was sent; its answer is there all the same.
@@ -154,7 +170,7 @@ async fn raw(socket: &Path, request: &str) -> (u16, Value) {
     (status, serde_json::from_str(body).unwrap_or_else(|error| panic!("{error}: {answer}")))
 }
 
-fn request(method: &str, path: &str, body: &str) -> String {
+pub fn request(method: &str, path: &str, body: &str) -> String {
     format!(
         "{method} {path} HTTP/1.1\r\nHost: unix\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
         body.len()
@@ -218,8 +234,11 @@ async fn unknown_paths_and_bad_bodies_wear_the_envelope() {
     for (method, path, body, status, needle) in [
         ("GET", "/1.0/nothing", "", 404, "/1.0/nothing"),
         ("GET", "/2.0", "", 404, "/2.0"),
-        ("GET", "/1.0/images", "", 404, "/1.0/images"),
-        ("POST", "/1.0/nodes", "{}", 405, "POST"),
+        ("GET", "/1.0/registry/nothing", "", 404, "/1.0/registry/nothing"),
+        ("POST", "/1.0/nodes", "{}", 400, "name is required"),
+        ("PATCH", "/1.0/nodes/local", r#"{"cpu_allocation_rate":-1}"#, 400, "cpu_allocation_rate"),
+        ("PATCH", "/1.0/nodes/nowhere", r#"{"cpus":2}"#, 404, "node not found"),
+        ("PUT", "/1.0/nodes", "{}", 405, "PUT"),
         ("GET", "/1.0/events", "", 400, "websocket"),
         ("GET", "/1.0/instances?limit=x", "", 400, "limit"),
         ("GET", "/1.0/instances/none", "", 404, "instance not found"),
@@ -245,7 +264,13 @@ async fn unknown_paths_and_bad_bodies_wear_the_envelope() {
             400,
             "width",
         ),
-        ("POST", "/1.0/instances", r#"{"app_id":"terminal","config":{"devmode":true}}"#, 400, "devmode"),
+        (
+            "POST",
+            "/1.0/instances",
+            r#"{"app_id":"terminal","config":{"metrics_server":"x"}}"#,
+            400,
+            "metrics_server",
+        ),
         (
             "POST",
             "/1.0/instances",
@@ -535,7 +560,7 @@ async fn events_tell_every_step_in_order() {
     let id = stack.launch().await;
     let deletion = stack.client.delete_instance(&id, false).await.expect("accepted");
     stack.client.wait(&deletion, PATIENCE).await.expect("deleted");
-    let mut actions = Vec::new();
+    let mut actions: Vec<String> = Vec::new();
     let mut socket = std::pin::pin!(socket);
     while actions.last().is_none_or(|action| action != "instance-removed") {
         let message = tokio::time::timeout(PATIENCE, socket.next())
@@ -546,6 +571,9 @@ async fn events_tell_every_step_in_order() {
         let Ok(text) = message.into_text() else { continue };
         let event: Value = serde_json::from_str(&text).expect("JSON");
         assert_eq!(event["type"], "lifecycle");
+        if event["metadata"]["action"] == "application-changed" {
+            continue;
+        }
         assert_eq!(event["metadata"]["source"], format!("/1.0/instances/{id}"));
         let action = event["metadata"]["action"].as_str().expect("an action").to_owned();
         if action.starts_with("instance-") {
@@ -725,4 +753,114 @@ async fn a_port_in_use_is_named() {
     let error = fanlight_ams::start(config, Parts::default()).await.err().expect("in use");
     let text = fanlight_service::telemetry::chain(&error);
     assert!(text.contains(&address.to_string()) && text.contains("another process uses it"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn packages_are_not_removed_for_a_store_that_does_not_know_them() {
+    let stack = Stack::start(Script::Run, |_| {}).await;
+    stack.application().await;
+    let Stack { folder, running, .. } = stack;
+    running.stop().await;
+    let state = folder.path().join("state");
+    let packages = || std::fs::read_dir(state.join("packages")).expect("there").count();
+    assert_eq!(packages(), 1);
+    let config = Config {
+        folder: state.clone(),
+        tls: Tls {
+            certificate: folder.path().join("ams.crt"),
+            key: folder.path().join("ams.key"),
+            names: Vec::new(),
+        },
+        ..Config::default()
+    };
+    let parts = Parts {
+        store: Some(Arc::new(Embedded::memory())),
+        listener: Some(std::net::TcpListener::bind("127.0.0.1:0").expect("bound")),
+        engine: Some(Arc::new(SimulatedEngine::new(Script::Run))),
+    };
+    let refused = fanlight_ams::start(config, parts).await.err().expect("it does not start");
+    let text = fanlight_service::telemetry::chain(&refused);
+    assert!(text.contains("the store has no cluster") && text.contains("store.url"), "{text}");
+    assert_eq!(packages(), 1, "nothing was removed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn older_clients_find_instances_under_the_name_of_containers() {
+    let stack = Stack::start(Script::Run, |_| {}).await;
+    stack.application().await;
+    let socket = stack.folder.path().join("ams.sock");
+    let call = async |method: &str, path: &str, body: &str| raw(&socket, &request(method, path, body)).await;
+    let body =
+        r#"{"app_id":"terminal","name":"old","cpus":2,"memory":134217728,"disk_size":null,"tags":["a"]}"#;
+    let (status, answer) = call("POST", "/1.0/containers", body).await;
+    assert_eq!(status, 202, "{answer}");
+    let operation = answer["operation"].as_str().expect("named").to_owned();
+    let url = answer["metadata"]["resources"]["containers"][0].as_str().expect("named at once").to_owned();
+    assert!(answer["metadata"]["resources"]["instances"].is_null(), "{answer}");
+    let (_, ended) = call("GET", &format!("{operation}/wait?timeout=30"), "").await;
+    assert_eq!(
+        (&ended["metadata"]["status_code"], &ended["metadata"]["resources"]["containers"][0]),
+        (&json!(200), &json!(url))
+    );
+
+    let (status, shown) = call("GET", &url, "").await;
+    assert_eq!(status, 200, "{shown}");
+    let shown = &shown["metadata"];
+    assert_eq!(
+        (&shown["name"], &shown["type"], &shown["status"]),
+        (&json!("old"), &json!("regular"), &json!("running"))
+    );
+    assert_eq!((&shown["resources"]["cpus"], &shown["resources"]["memory"]), (&json!(2), &json!("128MB")));
+    assert!(shown["base"].is_null() && shown["config"]["display"].is_null(), "{shown}");
+    for (query, count) in [("", 1), ("?type=regular", 1), ("?type=base", 0), ("?type=vm", 0), ("?tags=b", 0)]
+    {
+        let (_, listed) = call("GET", &format!("/1.0/containers{query}"), "").await;
+        assert_eq!(listed["metadata"].as_array().map(Vec::len), Some(count), "{query}: {listed}");
+        assert!(
+            listed["metadata"].as_array().into_iter().flatten().all(|listed| *listed == json!(url)),
+            "{listed}"
+        );
+    }
+    let (_, logs) = call("GET", &format!("{url}/logs"), "").await;
+    assert_eq!(logs["metadata"], json!([format!("{url}/logs/streamer.log")]));
+
+    let (status, stopped) = call("PATCH", &url, r#"{"desired_status":"stopped"}"#).await;
+    assert_eq!((status, &stopped["metadata"]["resources"]["containers"][0]), (202, &json!(url)));
+    let (_, ended) =
+        call("GET", &format!("{}/wait?timeout=30", stopped["operation"].as_str().expect("named")), "").await;
+    assert_eq!(ended["metadata"]["status_code"], 200, "{ended}");
+    let (status, deleted) = call("DELETE", &url, r#"{"force":true}"#).await;
+    assert_eq!((status, &deleted["metadata"]["resources"]["containers"][0]), (202, &json!(url)));
+    // The same instance under the new name goes with it.
+    until("it is gone", async || stack.client.instances(&[]).await.expect("listed").is_empty().then_some(()))
+        .await;
+    stack.running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_version_comes_back_as_an_archive_of_its_files() {
+    let stack = Stack::start(Script::Run, |_| {}).await;
+    stack.application().await;
+    let socket = stack.folder.path().join("ams.sock");
+    for (path, expected) in [("terminal/1", 404), ("terminal/x", 404), ("nobody/0", 404)] {
+        let (status, answer) = raw(&socket, &request("GET", &format!("/1.0/applications/{path}"), "")).await;
+        assert_eq!(status, expected, "{path}: {answer}");
+    }
+    let mut archive = Vec::new();
+    let intact = stack.client.export_application("terminal", 0, &mut archive).await.expect("exported");
+    assert!(intact, "the fingerprint is not that of the archive");
+    let mut archive = tar::Archive::new(bzip2::read::BzDecoder::new(&archive[..]));
+    let mut names = Vec::new();
+    for entry in archive.entries().expect("an archive") {
+        let mut entry = entry.expect("an entry");
+        let path = entry.path().expect("a path").display().to_string();
+        if path == "manifest.yaml" {
+            let mut text = String::new();
+            std::io::Read::read_to_string(&mut entry, &mut text).expect("a text");
+            assert!(text.contains("command: foot"), "{text}");
+        }
+        names.push(path);
+    }
+    assert!(names.iter().any(|name| name == "manifest.yaml"), "{names:?}");
+    stack.running.stop().await;
 }

@@ -3,94 +3,22 @@
 use std::time::Duration;
 
 use fanlight_ams::{
-    Phase, Seen,
-    engine::{Engine, EngineError, ProcessEngine, Script, SimulatedEngine, Spec},
+    Phase,
+    engine::{Engine, ProcessEngine, Script, SimulatedEngine},
 };
 use fanlight_api::{InstanceId, guest::EndReason};
 
-use crate::stack::{process_config, processes_with, spec, until, until_phase};
-
-const GRACE: Duration = Duration::from_secs(10);
-
-/// What every engine does. `spec` makes an instance that runs until it is stopped.
-async fn contract(engine: &dyn Engine, mut spec: impl FnMut() -> Spec) {
-    let instance = spec();
-    let id = instance.id();
-    let mut changes = engine.changes();
-
-    // Nothing there: nothing is an error but what needs an instance.
-    assert_eq!(engine.seen(id).await, Seen::ABSENT);
-    assert!(matches!(engine.start(id, 1).await, Err(EngineError::Absent(_))));
-    engine.stop(id, GRACE).await;
-    engine.delete(id).await.expect("nothing to delete is fine");
-    assert!(matches!(engine.read_log(id, "streamer.log").await, Err(EngineError::NoLog(_))));
-
-    // Made, twice.
-    engine.create(&instance).await.expect("made");
-    engine.create(&instance).await.expect("made again");
-    assert_eq!(engine.seen(id).await, Seen { run: 0, phase: Phase::Idle });
-    assert!(engine.list().await.expect("listed").contains(id));
-
-    // Started, twice; an older run changes nothing.
-    engine.start(id, 1).await.expect("started");
-    engine.start(id, 1).await.expect("started again");
-    let seen = until_phase(engine, id, "ready", |phase| *phase == Phase::Ready).await;
-    assert_eq!(seen.run, 1);
-    engine.start(id, 0).await.expect("an older run");
-    assert_eq!(engine.seen(id).await, seen);
-    engine.create(&instance).await.expect("made again while it runs");
-    assert_eq!(engine.seen(id).await, seen);
-
-    // Stopped, and started again with the next run.
-    engine.stop(id, GRACE).await;
-    let ended = until_phase(engine, id, "stopped", |phase| matches!(phase, Phase::Ended(_))).await;
-    assert!(matches!(&ended.phase, Phase::Ended(ended) if ended.reason == EndReason::Stopped), "{ended:?}");
-    engine.stop(id, GRACE).await;
-    engine.start(id, 2).await.expect("started again");
-    let seen = until_phase(engine, id, "ready again", |phase| *phase == Phase::Ready).await;
-    assert_eq!(seen.run, 2);
-    assert!(engine.logs(id).await.contains(&"streamer.log".to_owned()));
-    let log = engine.read_log(id, "streamer.log").await.expect("there");
-    assert!(!log.is_empty());
-    for bad in ["", "no.log", "../guest.json", "..", ".", "a/b", "guest.json"] {
-        assert!(matches!(engine.read_log(id, bad).await, Err(EngineError::NoLog(_))), "{bad:?}");
-    }
-
-    // Deleted while it runs.
-    engine.delete(id).await.expect("deleted");
-    assert_eq!(engine.seen(id).await, Seen::ABSENT);
-    assert!(!engine.list().await.expect("listed").contains(id));
-    engine.delete(id).await.expect("deleted again");
-    assert!(engine.logs(id).await.is_empty());
-    let mut heard = 0;
-    while let Ok(changed) = changes.try_recv() {
-        assert_eq!(changed, *id);
-        heard += 1;
-    }
-    assert!(heard >= 6, "{heard} changes were told");
-
-    // Several at a time, each by itself.
-    let many: Vec<Spec> = (0..3).map(|_| spec()).collect();
-    for instance in &many {
-        engine.create(instance).await.expect("made");
-        engine.start(instance.id(), 1).await.expect("started");
-    }
-    for instance in &many {
-        until_phase(engine, instance.id(), "ready", |phase| *phase == Phase::Ready).await;
-    }
-    engine.stop(many[0].id(), Duration::ZERO).await;
-    until_phase(engine, many[0].id(), "killed", |phase| matches!(phase, Phase::Ended(_))).await;
-    assert_eq!(engine.seen(many[1].id()).await.phase, Phase::Ready);
-    for instance in &many {
-        engine.delete(instance.id()).await.expect("deleted");
-    }
-    assert!(engine.list().await.expect("listed").is_empty());
-}
+use crate::{
+    contract::{GRACE, contract, many_at_a_time, until_ended},
+    stack::{process_config, processes_with, spec, until, until_phase},
+};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_simulated_engine_keeps_the_contract() {
     let folder = tempfile::tempdir().expect("made");
-    contract(&SimulatedEngine::new(Script::Run), || spec(folder.path(), &["run"])).await;
+    let engine = SimulatedEngine::new(Script::Run);
+    contract(&engine, || spec(folder.path(), &["run"])).await;
+    many_at_a_time(&engine, 16, || spec(folder.path(), &["run"])).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -99,6 +27,7 @@ async fn the_process_engine_keeps_the_contract() {
     let engine = ProcessEngine::open(process_config(folder.path())).await.expect("opened");
     assert_eq!(engine.isolation().refusal(), None, "this machine must allow namespaces");
     contract(&engine, || spec(folder.path(), &["run"])).await;
+    many_at_a_time(&engine, 16, || spec(folder.path(), &["run"])).await;
     let left = std::fs::read_dir(folder.path().join("instances")).expect("there").count();
     assert_eq!(left, 0, "files are left");
     let text = folder.path().display().to_string();
@@ -118,9 +47,7 @@ async fn every_way_to_end_is_told_in_words() {
         let instance = spec(folder.path(), &[command]);
         engine.create(&instance).await.expect("made");
         engine.start(instance.id(), 1).await.expect("started");
-        let seen =
-            until_phase(&engine, instance.id(), command, |phase| matches!(phase, Phase::Ended(_))).await;
-        let Phase::Ended(ended) = seen.phase else { unreachable!("it has ended") };
+        let ended = until_ended(&engine, instance.id()).await;
         assert!(ended.reason == reason && ended.message.contains(text), "{command}: {ended:?}");
         let log = engine.read_log(instance.id(), "streamer.log").await.expect("kept");
         assert!(String::from_utf8_lossy(&log).contains(command), "{command}");

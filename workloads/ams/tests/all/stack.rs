@@ -6,11 +6,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use fanlight_ams::engine::{Engine, ProcessConfig, Spec};
+use fanlight_ams::engine::{Bounding, ProcessConfig, Spec};
 use fanlight_api::{
     InstanceId, PROTOCOL_VERSION,
     guest::{Guest, GuestApplication},
 };
+
+pub use crate::contract::until_phase;
 
 /// Longer than anything here takes; a test that needs it has failed.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -40,6 +42,8 @@ pub fn package(folder: &Path) -> PathBuf {
 /// Settings of a process engine below `folder`.
 pub fn process_config(folder: &Path) -> ProcessConfig {
     ProcessConfig {
+        node: "local".into(),
+        address: "127.0.0.1".into(),
         folder: folder.join("instances"),
         shim: vec![AMS.into(), "shim".into()],
         streamer: vec![streamer(folder).display().to_string(), "run".into()],
@@ -47,6 +51,7 @@ pub fn process_config(folder: &Path) -> ProcessConfig {
         hidden: vec![folder.to_owned()],
         first_uid: 200_000,
         uids: 100,
+        bounds: Bounding::Auto,
     }
 }
 
@@ -63,8 +68,22 @@ pub fn spec(folder: &Path, command: &[&str]) -> Spec {
         display: Default::default(),
         streaming: None,
         media: Default::default(),
+        pool: None,
+        devmode: false,
     };
-    Spec { guest, package: Some(package(folder)) }
+    Spec {
+        guest,
+        package: Some(package(folder)),
+        node: "local".parse().expect("valid"),
+        image: None,
+        share: Default::default(),
+        disk_bytes: 0,
+        services: Vec::new(),
+        public_address: None,
+        base: false,
+        copy_of: None,
+        addons: Vec::new(),
+    }
 }
 
 /// Waits until a condition holds.
@@ -77,20 +96,6 @@ pub async fn until<T>(what: &str, mut condition: impl AsyncFnMut() -> Option<T>)
         assert!(Instant::now() < deadline, "waited in vain: {what}");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-}
-
-/// Waits until an instance is in a phase.
-pub async fn until_phase(
-    engine: &dyn Engine,
-    id: &InstanceId,
-    what: &str,
-    is: impl Fn(&fanlight_ams::Phase) -> bool,
-) -> fanlight_ams::Seen {
-    until(what, async || {
-        let seen = engine.seen(id).await;
-        is(&seen.phase).then_some(seen)
-    })
-    .await
 }
 
 /// Processes on this machine whose command line holds a text.

@@ -41,6 +41,18 @@ if ($what eq 'fork') {
     if (fork() == 0) { setpgrp(0, 0); exec('sleep', $path); }
     sleep 1000 while 1;
 }
+if ($what eq 'eat') {
+    my @eaten;
+    push @eaten, 'x' x (1 << 20) while 1;
+}
+if ($what eq 'breed') {
+    my $children = 0;
+    while (defined(my $pid = fork())) {
+        if ($pid == 0) { sleep 1000 while 1; }
+        $children++;
+    }
+    application_log("$children children\n");
+}
 if ($what eq 'links') {
     symlink('/etc/passwd', "$ENV{FANLIGHT_LOG_DIR}/passwd.log");
     symlink($path, "$ENV{FANLIGHT_LOG_DIR}/secret.log");

@@ -1,10 +1,14 @@
-//! Routes of shares (gateway-api sections 6.9 to 6.12) and of the sockets that they lead to. What an instance offers
+//! Routes of shares (gateway-api sections 6.9 to 6.12) and of the sockets that they lead to, and the same for agents, who ask
+//! over the bus on behalf of AMS. What an instance offers
 //! through them depends on its image; no image offers ADB so far, and its sockets say so.
+
+use std::sync::Arc;
 
 use axum::extract::{Path, State};
 use fanlight_api::{
-    Secret, SessionId, ShareId,
-    gateway::{SessionStatus, Share, ShareConnected, ShareCreated, SharePatch, SharePost},
+    AgentId, Secret, SessionId, ShareId,
+    bus::{GatewayRequest, GatewayResponse},
+    gateway::{SessionStatus, Share, ShareBase, ShareConnected, ShareCreated, SharePatch, SharePost},
 };
 use fanlight_service::{
     ApiError,
@@ -15,10 +19,97 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{Answer, Door, Full, authority, flag, number, own, session_id, unauthorized};
-use crate::{Gateway, shares, token::ShareGrant};
+use crate::{Gateway, session::Session, shares, token::ShareGrant};
 
 /// How long the socket token of a share can be used, seconds.
 const SOCKET_SECONDS: i64 = 600;
+
+impl Gateway {
+    /// What AMS asks about shares of sessions of its instances.
+    pub async fn share_for_ams(&self, request: GatewayRequest) -> GatewayResponse {
+        let answered = match request {
+            GatewayRequest::CreateShare { agent_id, session_id, share } => {
+                self.create_share_for(&agent_id, &session_id, &share).await
+            }
+            GatewayRequest::UpdateShare { agent_id, session_id, share_id, patch } => {
+                let changed = async {
+                    self.share_of(&agent_id, &session_id, &share_id).await?;
+                    self.update_share(&share_id, &patch).await
+                };
+                changed.await.map(|share| GatewayResponse::Shared { share: self.created(share) })
+            }
+            GatewayRequest::DeleteShare { agent_id, session_id, share_id } => {
+                let removed = async {
+                    self.share_of(&agent_id, &session_id, &share_id).await?;
+                    self.delete_share(&share_id).await
+                };
+                removed.await.map(|()| GatewayResponse::Ended)
+            }
+            _ => Err(ApiError::internal("this is not about shares")),
+        };
+        answered.unwrap_or_else(|error| {
+            if error.status.is_server_error() {
+                tracing::error!(
+                    "a share for an agent failed: {}",
+                    fanlight_service::telemetry::chain(&error)
+                );
+            }
+            GatewayResponse::Refused {
+                code: error.code.into(),
+                message: error.text,
+                status: Some(error.status.as_u16()),
+            }
+        })
+    }
+
+    async fn create_share_for(
+        &self,
+        agent: &AgentId,
+        session: &SessionId,
+        post: &SharePost,
+    ) -> Result<GatewayResponse, ApiError> {
+        let session = self.session_of_agent(agent, session).await?;
+        if !session.is_live() {
+            return Err(ended(&session.id));
+        }
+        let share = self.create_share(&session.id, post).await?;
+        tracing::info!(session.id = %session.id, share.id = %share.base.id, "session {} was shared by its instance's owner", session.id);
+        Ok(GatewayResponse::Shared { share: self.created(share) })
+    }
+
+    /// A session whose instance is of this agent's cluster.
+    async fn session_of_agent(&self, agent: &AgentId, id: &SessionId) -> Result<Arc<Session>, ApiError> {
+        match self.find_session(id).await? {
+            Some(session) if session.agent_id == *agent => Ok(session),
+            _ => Err(crate::sessions::no_session(id)),
+        }
+    }
+
+    async fn share_of(&self, agent: &AgentId, session: &SessionId, id: &ShareId) -> Result<(), ApiError> {
+        self.session_of_agent(agent, session).await?;
+        let share = self.find_share(None, id).await?;
+        match share.base.session_id == *session {
+            true => Ok(()),
+            false => Err(shares::ShareError::Missing(id.clone()).into()),
+        }
+    }
+
+    /// As answered to who did not come by the API, and so names no address of ours.
+    fn created(&self, share: shares::Share) -> ShareCreated {
+        let url = share_url(self, Door::Internal, &HeaderMap::new(), &share);
+        created(share.base, url)
+    }
+}
+
+fn ended(session: &SessionId) -> ApiError {
+    let text = format!("session {session} has ended and cannot be shared");
+    ApiError::bad_request("invalid-session-state", text)
+}
+
+fn created(base: ShareBase, url: Secret) -> ShareCreated {
+    let expiry_min = (base.expiry_at - base.created_at + 59) / 60;
+    ShareCreated { id: base.id, kind: base.kind, url, expiry_at: base.expiry_at, expiry_min }
+}
 
 fn share_id(text: &str) -> Result<ShareId, ApiError> {
     text.parse().map_err(|error: fanlight_api::InvalidId| {
@@ -52,15 +143,12 @@ pub async fn create(
 ) -> Result<Answer<ShareCreated>, ApiError> {
     let session = own(&gateway, &caller, &session_id(&id)?).await?;
     if !session.is_live() {
-        let text = format!("session {} has ended and cannot be shared", session.id);
-        return Err(ApiError::bad_request("invalid-session-state", text));
+        return Err(ended(&session.id));
     }
     let share = gateway.create_share(&session.id, &request).await?;
     tracing::info!(session.id = %session.id, share.id = %share.base.id, account = caller.account, "session {} was shared", session.id);
     let url = share_url(&gateway, door, &headers, &share);
-    let expiry_min = (share.base.expiry_at - share.base.created_at + 59) / 60;
-    let shares::Share { base, .. } = share;
-    Ok(Answer::ok(ShareCreated { id: base.id, kind: base.kind, url, expiry_at: base.expiry_at, expiry_min }))
+    Ok(Answer::ok(created(share.base, url)))
 }
 
 #[derive(Debug, Deserialize)]

@@ -1,6 +1,12 @@
 //! Shares, from their making to the socket that they lead to.
 
-use fanlight_api::bus::InstanceState;
+use std::time::Duration;
+
+use fanlight_api::{
+    SessionId,
+    bus::{GatewayRequest, GatewayResponse, InstanceState, gateway_sessions},
+    gateway::{SharePatch, SharePost},
+};
 use reqwest::Method;
 use serde_json::{Value, json};
 
@@ -70,6 +76,55 @@ async fn a_share_is_made_listed_changed_and_taken_back() {
     rig.ask(Method::PATCH, &path, Some(json!({}))).await.refused(404, &id);
     rig.ask(Method::DELETE, &path, None).await.refused(404, &id);
     assert_eq!(rig.get("/1.0/shares").await.expect(200)["metadata"], json!([]));
+}
+
+#[tokio::test]
+async fn an_agent_shares_the_sessions_of_its_instances_and_no_others() {
+    let rig = Rig::new().await;
+    let session: SessionId = active(&rig).await.parse().expect("an id");
+    let ask = |request: GatewayRequest| {
+        let bus = rig.bus.clone();
+        async move {
+            let answer = bus.request_json(&gateway_sessions(), &request, Duration::from_secs(10)).await;
+            answer.expect("an answer")
+        }
+    };
+    let agent = |name: &str| name.parse().expect("an id");
+    let create = |name: &str, kind: &str| GatewayRequest::CreateShare {
+        agent_id: agent(name),
+        session_id: session.clone(),
+        share: SharePost { kind: Some(kind.into()), expiry_min: Some(30), ..SharePost::default() },
+    };
+    let GatewayResponse::Shared { share } = ask(create("agent0", "adb")).await else { panic!("not shared") };
+    assert!(open(&rig, share.url.expose()).await.expect(200)["metadata"]["url"].is_string());
+    let later = now() + 3600;
+    let update = |name: &str| GatewayRequest::UpdateShare {
+        agent_id: agent(name),
+        session_id: session.clone(),
+        share_id: share.id.clone(),
+        patch: SharePatch { expiry_at: Some(later), ..SharePatch::default() },
+    };
+    let GatewayResponse::Shared { share: changed } = ask(update("agent0")).await else {
+        panic!("not changed")
+    };
+    assert_eq!((&changed.id, changed.expiry_at), (&share.id, later));
+    let delete = |name: &str| GatewayRequest::DeleteShare {
+        agent_id: agent(name),
+        session_id: session.clone(),
+        share_id: share.id.clone(),
+    };
+    for (request, wanted) in [
+        (create("agent0", "video"), 400),
+        (create("other", "adb"), 404),
+        (update("other"), 404),
+        (delete("other"), 404),
+    ] {
+        let answer: GatewayResponse = ask(request.clone()).await;
+        let GatewayResponse::Refused { status, .. } = answer else { panic!("{request:?}: {answer:?}") };
+        assert_eq!(status, Some(wanted), "{request:?}");
+    }
+    assert_eq!(ask(delete("agent0")).await, GatewayResponse::Ended);
+    rig.get(&format!("/1.0/shares/{}", share.id)).await.refused(404, "no share");
 }
 
 #[tokio::test]

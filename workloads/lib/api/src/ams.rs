@@ -4,15 +4,22 @@
 //! the tolerance rules of ams-api section 1.6: `null`, `""` and `0` mean "not given", members that are not
 //! known are ignored, because newer clients send more. Rules about values live in AMS.
 
+pub mod addons;
+pub mod auth;
+pub mod exec;
+pub mod images;
+pub mod nodes;
+
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
+use utoipa::ToSchema;
 
 use crate::{
     ApplicationId, InstanceId, OperationId,
     gateway::Screen,
-    guest::{Restart, Streaming},
+    guest::{PoolStart, Restart, Streaming},
 };
 
 /// Reads `null` as the default of the type.
@@ -79,7 +86,7 @@ pub struct ServiceStatus {
     pub auth_methods: Vec<String>,
     /// Catalogue of entitlements; only for trusted callers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub auth_permissions: Option<BTreeMap<String, Vec<Value>>>,
+    pub auth_permissions: Option<BTreeMap<String, Vec<auth::Entitlement>>>,
     /// Xid of the cluster; only for trusted callers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cluster_id: Option<String>,
@@ -183,7 +190,7 @@ pub struct Certificate {
 }
 
 /// Body of `POST /1.0/certificates`.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 pub struct CertificatesPost {
     /// Base64 of the DER form; PEM is accepted too.
     #[serde(default, deserialize_with = "nullable")]
@@ -283,6 +290,51 @@ pub struct Application {
     /// A `data:` URL of a small picture; our addition.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub icon: String,
+    /// Instances that wait for a launch; our addition, absent where there are none.
+    #[serde(default, skip_serializing_if = "Pool::is_none")]
+    pub pool: Pool,
+}
+
+/// Instances of an application that are started before anybody asks for them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Pool {
+    /// How many wait.
+    pub size: u32,
+    /// How much of them runs meanwhile.
+    pub start: PoolStart,
+}
+
+impl Pool {
+    /// Most instances that wait for an application.
+    pub const MOST: u32 = 100;
+
+    /// Whether nothing waits.
+    pub fn is_none(&self) -> bool {
+        self.size == 0
+    }
+}
+
+/// Change of a [`Pool`]: what is not given stays.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct PoolPatch {
+    /// How many wait.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size: Option<u32>,
+    /// How much of them runs meanwhile.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start: Option<PoolStart>,
+}
+
+/// Where an instance of a pool stands. A claim that was handed over leaves an instance like any other, without this.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PoolState {
+    /// Nobody has it yet.
+    Waiting,
+    /// A launch has it, and what it asked for is on the way into it.
+    Claimed,
 }
 
 impl Application {
@@ -299,8 +351,16 @@ pub enum ImageStatus {
     Error,
     /// Being made.
     Initializing,
+    /// Here, and not on all nodes.
+    Created,
     /// On all nodes, usable.
     Active,
+    /// Being removed.
+    Deleted,
+    /// Known on a server, not here.
+    Available,
+    /// Will be fetched.
+    Queued,
 }
 
 impl ImageStatus {
@@ -309,7 +369,11 @@ impl ImageStatus {
         match self {
             Self::Error => (-1, "error"),
             Self::Initializing => (1, "initializing"),
+            Self::Created => (2, "created"),
             Self::Active => (3, "active"),
+            Self::Deleted => (4, "deleted"),
+            Self::Available => (5, "available"),
+            Self::Queued => (6, "queued"),
         }
     }
 }
@@ -343,7 +407,7 @@ pub struct ApplicationVersion {
     pub required_permissions: Vec<String>,
     /// Addons with versions.
     #[serde(default, deserialize_with = "nullable")]
-    pub addons: Vec<Value>,
+    pub addons: Vec<addons::AddonUse>,
     /// Files placed by name.
     #[serde(default, deserialize_with = "nullable")]
     pub extra_data: BTreeMap<String, Value>,
@@ -427,15 +491,15 @@ pub struct SizedResources {
 }
 
 /// Body of `PATCH /1.0/applications/{id}/{version}`.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 pub struct ApplicationVersionPatch {
     /// Publish or revoke.
     #[serde(default)]
     pub published: Option<bool>,
 }
 
-/// Body of `PATCH /1.0/applications/{id}` as JSON: the members that change no version.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+/// Body of `PATCH /1.0/applications/{id}` as JSON.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ApplicationPatch {
     /// Replaces the tags.
     #[serde(default)]
@@ -446,13 +510,49 @@ pub struct ApplicationPatch {
     /// Replaces the node selector.
     #[serde(default)]
     pub node_selector: Option<Vec<String>>,
+    /// Makes a version with another image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
+    /// Makes a version with these addons.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub addons: Option<Vec<String>>,
+    /// Changes the pool; our addition.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<PoolPatch>,
     /// Members that AMS does not change (yet); they are refused by name instead of being dropped.
     #[serde(flatten)]
+    #[schema(ignore)]
     pub others: BTreeMap<String, Value>,
 }
 
+/// Body of `POST` of a share of an instance (ams-api section 9.4).
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct SharePost {
+    /// `adb`.
+    #[serde(rename = "type", deserialize_with = "nullable")]
+    pub kind: String,
+    /// For people.
+    pub description: Option<String>,
+    /// Unix seconds.
+    pub expiry_at: Option<i64>,
+}
+
+/// Work of the scheduler that is going on (ams-model section 7).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Task {
+    /// Unique.
+    pub id: String,
+    /// E.g. `prepared`, `started`.
+    pub status: String,
+    /// What it is about.
+    pub object_id: String,
+    /// `instance`.
+    pub object_type: String,
+}
+
 /// Body of the `DELETE` calls; may be absent.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 pub struct Delete {
     /// Skip what would be done gracefully.
     #[serde(default, deserialize_with = "nullable")]
@@ -596,6 +696,9 @@ pub struct Instance {
     /// Free words; `session=<id>` is set by AMS.
     #[serde(default, deserialize_with = "nullable")]
     pub tags: Vec<String>,
+    /// It waits for a launch, or was just taken by one; our addition, absent for all others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<PoolState>,
 }
 
 impl Instance {
@@ -611,7 +714,7 @@ impl Instance {
 }
 
 /// Settings of an instance.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct InstanceConfig {
     /// Platform of the runtime.
@@ -647,7 +750,7 @@ pub struct InstanceConfig {
 }
 
 /// A display as AMS writes it: 0 = default.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct Display {
     /// Pixels.
@@ -676,7 +779,7 @@ impl From<Screen> for Display {
 }
 
 /// Protections of an instance.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct Security {
     /// `DELETE` is refused.
@@ -712,7 +815,7 @@ pub struct Resources {
 }
 
 /// A port of an instance that is reachable through its node.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct Service {
     /// Port inside.
@@ -738,7 +841,7 @@ pub struct Service {
 }
 
 /// Body of `POST /1.0/instances` (ams-api section 9.3).
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct InstancesPost {
     /// Default `ams-<id>`.
@@ -784,11 +887,12 @@ pub struct InstancesPost {
     pub no_start: bool,
     /// The session that the caller already has for this instance; our addition, sent by the agent.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
     pub streaming: Option<Streaming>,
 }
 
 /// What to copy.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct Source {
     /// `instance`, or empty: no copy.
@@ -800,7 +904,7 @@ pub struct Source {
 }
 
 /// Resources asked for at launch. Both spellings of the disk size are read.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct ResourcesPost {
     /// Whole CPUs.
@@ -825,7 +929,7 @@ pub struct ResourcesPost {
 }
 
 /// Body of `PATCH /1.0/instances/{id}`.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct InstancePatch {
     /// `started` or `running`, `stopped`; absent or empty: as it is.
@@ -835,7 +939,7 @@ pub struct InstancePatch {
 }
 
 /// Settings that can be changed on an instance.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct InstanceConfigPatch {
     /// Protections.
@@ -843,7 +947,7 @@ pub struct InstanceConfigPatch {
 }
 
 /// Protections that can be changed on an instance.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct SecurityPatch {
     /// `DELETE` is refused.
@@ -851,7 +955,7 @@ pub struct SecurityPatch {
 }
 
 /// Body of `DELETE /1.0/instances` and `DELETE /1.0/applications`.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct DeleteMany {
     /// Ids or names.
@@ -929,16 +1033,19 @@ pub struct Node {
     pub instance_types: Vec<String>,
     /// GPUs.
     #[serde(default, deserialize_with = "nullable")]
-    pub gpus: Vec<Value>,
+    pub gpus: Vec<nodes::NodeGpu>,
     /// Video cards.
     #[serde(default, deserialize_with = "nullable")]
-    pub vpus: Vec<Value>,
+    pub vpus: Vec<nodes::NodeVpu>,
     /// CPUs assigned to instances; our addition.
     #[serde(default)]
     pub used_cpus: u32,
     /// Bytes assigned to instances; our addition.
     #[serde(default)]
     pub used_memory_bytes: u64,
+    /// What is wrong with it, for people; our addition.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub status_message: String,
 }
 
 /// What `manifest.yaml` of an application says (ams-model section 2.2; the last seven are ours).
@@ -997,6 +1104,8 @@ pub struct Manifest {
     pub icon: Option<String>,
     /// What happens when the program ends.
     pub restart: Restart,
+    /// Instances that wait for a launch.
+    pub pool: Pool,
 }
 
 /// Resources in a manifest.

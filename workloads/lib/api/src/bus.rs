@@ -5,9 +5,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::{
-    AgentId, InstanceId, SessionId,
+    AgentId, InstanceId, SessionId, ShareId,
     agent_link::{ClientStatus, FunnelStep},
-    gateway::{Application, Screen, StunServer},
+    gateway::{Application, Screen, ShareCreated, SharePatch, SharePost, StunServer},
     guest::Streaming,
 };
 
@@ -314,6 +314,35 @@ pub enum GatewayRequest {
         /// Which.
         session_id: SessionId,
     },
+    /// Somebody who may change the instance gives a way into its session away.
+    CreateShare {
+        /// Who asks: the session must be one of this agent's.
+        agent_id: AgentId,
+        /// Of which.
+        session_id: SessionId,
+        /// As at the gateway's own API.
+        share: SharePost,
+    },
+    /// Changes a share of a session.
+    UpdateShare {
+        /// Who asks.
+        agent_id: AgentId,
+        /// Of which.
+        session_id: SessionId,
+        /// Which.
+        share_id: ShareId,
+        /// As at the gateway's own API.
+        patch: SharePatch,
+    },
+    /// Takes a share of a session away.
+    DeleteShare {
+        /// Who asks.
+        agent_id: AgentId,
+        /// Of which.
+        session_id: SessionId,
+        /// Which.
+        share_id: ShareId,
+    },
 }
 
 /// The gateway's answer.
@@ -329,14 +358,22 @@ pub enum GatewayResponse {
         /// As stored.
         idle_time_min: u32,
     },
-    /// To `EndSession`.
+    /// To `EndSession` and `DeleteShare`.
     Ended,
+    /// To `CreateShare` and `UpdateShare`.
+    Shared {
+        /// As it is now.
+        share: ShareCreated,
+    },
     /// Not possible.
     Refused {
         /// Stable.
         code: String,
         /// For people.
         message: String,
+        /// What the gateway's API would answer; absent: a conflict.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        status: Option<u16>,
     },
 }
 

@@ -14,6 +14,7 @@ pub mod gateway;
 pub mod guest;
 mod ids;
 pub mod link;
+pub mod notify;
 pub mod secret;
 pub mod signal;
 

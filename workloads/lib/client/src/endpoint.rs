@@ -2,9 +2,9 @@
 
 use std::{
     fmt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, Mutex},
     task::{Context, Poll},
     time::Duration,
 };
@@ -14,8 +14,9 @@ use http::{HeaderMap, Method, StatusCode};
 use reqwest::{Client, Url};
 use rustls::{ClientConfig, pki_types::ServerName};
 use serde::Serialize;
+use sha2::{Digest, Sha256};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::{TcpStream, UnixStream},
 };
 use tokio_rustls::TlsConnector;
@@ -23,6 +24,7 @@ use tokio_tungstenite::{
     WebSocketStream,
     tungstenite::{client::IntoClientRequest, protocol::WebSocketConfig},
 };
+use tokio_util::io::ReaderStream;
 
 use crate::{
     ClientError,
@@ -34,8 +36,13 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Whole transfers of packages and exports.
 const TRANSFER_TIMEOUT: Duration = Duration::from_secs(300);
+/// Whole transfers of files that may be gigabytes, such as images.
+const FILE_TIMEOUT: Duration = Duration::from_secs(3600);
 /// Largest frame of a websocket that is taken, bytes.
 const MAX_FRAME_BYTES: usize = 4 * 1024 * 1024;
+
+/// How much of a file is read at once.
+const FILE_CHUNK_BYTES: usize = 256 * 1024;
 
 /// A websocket to a server.
 pub type WebSocket = WebSocketStream<Stream>;
@@ -181,6 +188,82 @@ impl Endpoint {
         self.send(method, path, request, TRANSFER_TIMEOUT).await
     }
 
+    /// A request with a file as its body, which is read while it is sent.
+    pub(crate) async fn upload_file(
+        &self,
+        method: Method,
+        path: &str,
+        headers: HeaderMap,
+        file: &Path,
+    ) -> Result<Answer, ClientError> {
+        let opened = tokio::fs::File::open(file).await.map_err(|error| ClientError::File {
+            what: "file",
+            path: file.into(),
+            reason: error.to_string(),
+        })?;
+        let body = reqwest::Body::wrap_stream(ReaderStream::with_capacity(opened, FILE_CHUNK_BYTES));
+        let request = self.client.request(method.clone(), self.url(path, &[])?).headers(headers).body(body);
+        self.send(method, path, request, FILE_TIMEOUT).await
+    }
+
+    /// Writes the body of an answer into `sink` as it comes. Returns its headers and the SHA-256 of the body, hex.
+    pub(crate) async fn download(
+        &self,
+        path: &str,
+        headers: HeaderMap,
+        sink: &mut (dyn AsyncWrite + Send + Unpin),
+    ) -> Result<(HeaderMap, String), ClientError> {
+        let about = About { method: Method::GET, path: path.into(), server: self.name() };
+        let request = self.client.get(self.url(path, &[])?).headers(headers).timeout(FILE_TIMEOUT);
+        let failed = |error| about.failed(error, FILE_TIMEOUT);
+        let mut response = request.send().await.map_err(failed)?;
+        if response.status() != StatusCode::OK {
+            let status = response.status();
+            let body = response.bytes().await.map_err(failed)?;
+            return Err(about.refused(status, &body));
+        }
+        let mut digest = Sha256::new();
+        while let Some(chunk) = response.chunk().await.map_err(failed)? {
+            digest.update(&chunk);
+            sink.write_all(&chunk).await.map_err(|error| about.unwritten(error))?;
+        }
+        sink.flush().await.map_err(|error| about.unwritten(error))?;
+        Ok((std::mem::take(response.headers_mut()), hex::encode(digest.finalize())))
+    }
+
+    /// The certificate that a server shows, as DER, whoever it is: for a person to decide whether to trust it.
+    ///
+    /// # Errors
+    /// The address is not one of HTTPS, or the server cannot be reached.
+    pub async fn certificate_of(url: &str) -> Result<Vec<u8>, ClientError> {
+        let seen = Arc::new(Mutex::new(None));
+        let config = crate::tls::config_that_looks(seen.clone())?;
+        let base = Url::parse(url)
+            .map_err(|error| ClientError::Address { url: url.into(), reason: error.to_string() })?;
+        if base.scheme() != "https" {
+            return Err(ClientError::Address {
+                url: url.into(),
+                reason: "expected https://HOST:PORT".into(),
+            });
+        }
+        let endpoint = Self::new(base, Way::Tcp, Some(Arc::new(config)))?;
+        let about = About { method: Method::GET, path: "/".into(), server: endpoint.name() };
+        let connected = tokio::time::timeout(CONNECT_TIMEOUT, endpoint.connect(&about)).await;
+        let result = connected.map_err(|_| ClientError::TimedOut {
+            method: about.method(),
+            path: about.path.clone(),
+            server: about.server.clone(),
+            timeout: CONNECT_TIMEOUT,
+        })?;
+        // The certificate may have come although the connection failed afterwards; then that is what matters.
+        let certificate = seen.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+        match (certificate, result) {
+            (Some(certificate), Ok(_)) => Ok(certificate),
+            (_, Err(error)) => Err(error),
+            (None, Ok(_)) => Err(about.unreachable("the server showed no certificate")),
+        }
+    }
+
     /// A request as it is, and the answer as it comes: for what the typed clients do not have.
     ///
     /// # Errors
@@ -193,6 +276,20 @@ impl Endpoint {
     ) -> Result<(StatusCode, Bytes), ClientError> {
         let answer = self.json(method, path, &[], HeaderMap::new(), body).await?;
         Ok((answer.status, answer.body))
+    }
+
+    /// A request to fill in and send, for typed clients of servers that this crate does not know. It has no bound on
+    /// its time but that for connecting.
+    ///
+    /// # Errors
+    /// The path is wrong.
+    pub fn request(
+        &self,
+        method: Method,
+        path: &str,
+        query: &[(&str, String)],
+    ) -> Result<reqwest::RequestBuilder, ClientError> {
+        Ok(self.client.request(method, self.url(path, query)?))
     }
 
     async fn send(
@@ -218,8 +315,21 @@ impl Endpoint {
     /// # Errors
     /// The server cannot be reached, or does not open it; a refusal carries its status and text.
     pub async fn websocket(&self, path: &str, headers: HeaderMap) -> Result<WebSocket, ClientError> {
+        self.websocket_with(path, &[], headers).await
+    }
+
+    /// Opens a websocket with a query, which stays out of errors: it may be a secret.
+    ///
+    /// # Errors
+    /// As [`Endpoint::websocket`].
+    pub async fn websocket_with(
+        &self,
+        path: &str,
+        query: &[(&str, String)],
+        headers: HeaderMap,
+    ) -> Result<WebSocket, ClientError> {
         let about = About { method: Method::GET, path: path.into(), server: self.name() };
-        match tokio::time::timeout(CONNECT_TIMEOUT, self.open(path, headers, &about)).await {
+        match tokio::time::timeout(CONNECT_TIMEOUT, self.open(path, query, headers, &about)).await {
             Ok(result) => result,
             Err(_) => Err(ClientError::TimedOut {
                 method: about.method(),
@@ -230,8 +340,14 @@ impl Endpoint {
         }
     }
 
-    async fn open(&self, path: &str, headers: HeaderMap, about: &About) -> Result<WebSocket, ClientError> {
-        let mut url = self.url(path, &[])?;
+    async fn open(
+        &self,
+        path: &str,
+        query: &[(&str, String)],
+        headers: HeaderMap,
+        about: &About,
+    ) -> Result<WebSocket, ClientError> {
+        let mut url = self.url(path, query)?;
         let scheme = if self.tls.is_some() { "wss" } else { "ws" };
         url.set_scheme(scheme).map_err(|()| ClientError::Address {
             url: url.to_string(),
@@ -309,6 +425,10 @@ impl About {
         }
         // Without the address, which may carry a token and is in our own text anyway.
         self.unreachable(error.without_url())
+    }
+
+    fn unwritten(&self, error: std::io::Error) -> ClientError {
+        self.unreadable(StatusCode::OK, format!("it cannot be written: {error}"))
     }
 
     /// The refusal in an answer, in either envelope or without one.

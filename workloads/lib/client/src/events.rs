@@ -45,9 +45,9 @@ impl Drop for Events {
 }
 
 impl Events {
-    pub(crate) fn follow(endpoint: Endpoint, path: String) -> Self {
+    pub(crate) fn follow(endpoint: Endpoint, path: String, headers: HeaderMap) -> Self {
         let (sender, signals) = mpsc::channel(QUEUE);
-        Self { signals, task: tokio::spawn(follow(endpoint, path, sender)) }
+        Self { signals, task: tokio::spawn(follow(endpoint, path, headers, sender)) }
     }
 
     /// The next signal. Never ends by itself; may be dropped and called again.
@@ -60,10 +60,10 @@ impl Events {
     }
 }
 
-async fn follow(endpoint: Endpoint, path: String, signals: mpsc::Sender<Signal>) {
+async fn follow(endpoint: Endpoint, path: String, headers: HeaderMap, signals: mpsc::Sender<Signal>) {
     let mut pause = FIRST_RETRY;
     loop {
-        let error = match endpoint.websocket(&path, HeaderMap::new()).await {
+        let error = match endpoint.websocket(&path, headers.clone()).await {
             Ok(socket) => {
                 if signals.send(Signal::Connected).await.is_err() {
                     return;

@@ -9,6 +9,7 @@ mod ams;
 mod endpoint;
 mod error;
 mod events;
+mod exec;
 mod gateway;
 mod tls;
 
@@ -17,5 +18,6 @@ pub use ams::AmsClient;
 pub use endpoint::{Endpoint, WebSocket};
 pub use error::ClientError;
 pub use events::{Events, Signal};
+pub use exec::{Exec, ExecControls, ExecInput, ExecOutput};
 pub use gateway::{Deleted, GatewayClient, NotDeleted, SessionsQuery};
 pub use tls::{Identity, Trust};

@@ -4,6 +4,7 @@
 //! Knows nothing of sessions, instances or applications. Each program brings its own routes, its
 //! [`http::Envelope`] and its configuration type.
 
+pub mod bounded_log;
 pub mod config;
 pub mod errors;
 pub mod health;

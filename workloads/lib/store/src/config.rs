@@ -67,6 +67,17 @@ impl StoreConfig {
     }
 
     /// Everything that is wrong with the settings, in words; files are not looked at.
+    /// Whether several programs may use the store at the same time.
+    pub fn is_shared(&self) -> bool {
+        self.url.starts_with("etcd://") || self.url.starts_with("etcds://")
+    }
+
+    /// Whether the records are there at the next start too.
+    pub fn lasts(&self) -> bool {
+        self.url != "memory:"
+    }
+
+    /// What is wrong with the settings, in words.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         let tls = match self.kind() {

@@ -15,7 +15,7 @@ use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot, watch as signal};
 
 use crate::{
-    Committed, Compare, Entry, Event, LeaseId, Op, Range, Revision, Store, StoreError,
+    Committed, Compare, Entry, LeaseId, Op, Range, Revision, Store, StoreError,
     disk::Disk,
     state::{Deadlines, Pending, State},
     watch::{self, Watch, Watcher},
@@ -348,14 +348,7 @@ impl Worker {
         changes.sort_by_key(|(_, (revision, _))| *revision);
         self.shared.state.write().unwrap_or_else(PoisonError::into_inner).apply(pending);
         let mut watchers = self.shared.watchers.lock().unwrap_or_else(PoisonError::into_inner);
-        for (key, (revision, value)) in &changes {
-            watchers.retain(|watcher| {
-                watcher.tell(key, || match value {
-                    Some(value) => Event::Put(value.entry(key)),
-                    None => Event::Delete { key: key.clone(), revision: *revision },
-                })
-            });
-        }
+        watchers.retain(|watcher| watcher.tell(&changes));
     }
 }
 

@@ -828,7 +828,7 @@ impl Etcd {
 struct Follower {
     cluster: Arc<Cluster>,
     prefix: String,
-    queue: mpsc::Sender<Event>,
+    queue: mpsc::Sender<Vec<Event>>,
     place: Place,
 }
 
@@ -918,8 +918,8 @@ impl Follower {
     fn reset(&mut self, shown: Shown) {
         self.place = Place { cluster: shown.cluster, revision: shown.revision, told: 0 };
         // An error means that nobody reads any more, which the task notices by itself.
-        let _ =
-            self.queue.try_send(Event::Reset { entries: shown.entries, revision: number(shown.revision) });
+        let reset = Event::Reset { entries: shown.entries, revision: number(shown.revision) };
+        let _ = self.queue.try_send(vec![reset]);
     }
 
     async fn stream(&self, index: usize) -> Result<WatchStream, Break> {
@@ -996,6 +996,7 @@ impl Follower {
             if let Err(broken) = self.check(&answer) {
                 return broken;
             }
+            let mut all = Vec::new();
             for event in answer.events() {
                 let Some(pair) = event.kv() else { continue };
                 let revision = pair.mod_revision();
@@ -1010,14 +1011,14 @@ impl Follower {
                         key.map(|key| Event::Delete { key, revision: number(revision) })
                     }
                 };
-                if let Some(told) = told
-                    && self.queue.try_send(told).is_err()
-                {
-                    return Break::Behind;
-                }
+                all.extend(told);
                 known = 0;
                 self.place.told = if revision == self.place.revision { self.place.told + 1 } else { 1 };
                 self.place.revision = revision;
+            }
+            // A reader that is behind reads the state, whatever place is noted.
+            if !all.is_empty() && self.queue.try_send(all).is_err() {
+                return Break::Behind;
             }
         }
     }

@@ -14,9 +14,14 @@ use std::{
 use futures_util::Stream;
 use tokio::sync::mpsc;
 
-use crate::{Event, Revision, engine::read, state::State};
+use crate::{
+    Event, Revision,
+    engine::read,
+    state::{State, Value},
+};
 
-/// Most changes that wait for one watcher.
+/// Most commits that wait for one watcher. What was written together is told together, so that nobody takes a part of it
+/// for the whole.
 pub const QUEUE: usize = 1024;
 
 /// Events of one prefix, a [`Stream`]; ends when the store is closed.
@@ -26,8 +31,8 @@ pub struct Watch {
 
 enum Inner {
     Embedded(Follower),
-    /// Events in order, told by a task that follows the store.
-    Queue(mpsc::Receiver<Event>),
+    /// Events in order, told by a task that follows the store, and those that were told and not taken yet.
+    Queue(mpsc::Receiver<Vec<Event>>, VecDeque<Event>),
 }
 
 impl Watch {
@@ -35,8 +40,8 @@ impl Watch {
         Self { inner: Inner::Embedded(follower) }
     }
 
-    pub(crate) fn queue(events: mpsc::Receiver<Event>) -> Self {
-        Self { inner: Inner::Queue(events) }
+    pub(crate) fn queue(events: mpsc::Receiver<Vec<Event>>) -> Self {
+        Self { inner: Inner::Queue(events, VecDeque::new()) }
     }
 
     /// The next event; `None` when the store is closed.
@@ -51,7 +56,16 @@ impl Stream for Watch {
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Event>> {
         match &mut self.inner {
             Inner::Embedded(follower) => follower.poll_next(cx),
-            Inner::Queue(events) => events.poll_recv(cx),
+            Inner::Queue(events, ready) => loop {
+                if let Some(event) = ready.pop_front() {
+                    return Poll::Ready(Some(event));
+                }
+                match events.poll_recv(cx) {
+                    Poll::Pending => return Poll::Pending,
+                    Poll::Ready(None) => return Poll::Ready(None),
+                    Poll::Ready(Some(told)) => ready.extend(told),
+                }
+            },
         }
     }
 }
@@ -59,14 +73,14 @@ impl Stream for Watch {
 /// The engine's end of a watch.
 pub struct Watcher {
     prefix: String,
-    queue: mpsc::Sender<Option<Event>>,
+    queue: mpsc::Sender<Vec<Event>>,
     behind: Arc<AtomicBool>,
 }
 
 /// The reader's end of a watch.
 pub struct Follower {
     prefix: String,
-    queue: mpsc::Receiver<Option<Event>>,
+    queue: mpsc::Receiver<Vec<Event>>,
     /// Changes were left out: the state must be read again.
     behind: Arc<AtomicBool>,
     /// Changes up to here are known already.
@@ -85,10 +99,20 @@ pub fn pair(prefix: &str, state: Arc<RwLock<State>>) -> (Watcher, Follower) {
 }
 
 impl Watcher {
-    /// Tells a change that the shared state already shows. Returns whether anybody listens.
-    pub fn tell(&self, key: &str, event: impl FnOnce() -> Event) -> bool {
-        if key.starts_with(&self.prefix) && !self.behind.load(Ordering::Acquire) {
-            match self.queue.try_send(Some(event())) {
+    /// Tells changes that the shared state already shows, in the order of their revisions. Returns whether anybody listens.
+    pub fn tell(&self, changes: &[(String, (Revision, Option<Value>))]) -> bool {
+        if self.behind.load(Ordering::Acquire) {
+            return !self.queue.is_closed();
+        }
+        let ours = changes.iter().filter(|(key, _)| key.starts_with(&self.prefix));
+        let events: Vec<Event> = ours
+            .map(|(key, (revision, value))| match value {
+                Some(value) => Event::Put(value.entry(key)),
+                None => Event::Delete { key: key.clone(), revision: *revision },
+            })
+            .collect();
+        if !events.is_empty() {
+            match self.queue.try_send(events) {
                 Ok(()) => {}
                 // The queue is not empty, so the reader will come by and see this.
                 Err(mpsc::error::TrySendError::Full(_)) => self.behind.store(true, Ordering::Release),
@@ -102,7 +126,7 @@ impl Watcher {
     pub fn reset(&self) {
         self.behind.store(true, Ordering::Release);
         // Only to wake it; a full queue wakes it as well.
-        let _ = self.queue.try_send(None);
+        let _ = self.queue.try_send(Vec::new());
     }
 }
 
@@ -118,15 +142,12 @@ impl Follower {
             match self.queue.poll_recv(cx) {
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(None) => return Poll::Ready(None),
-                Poll::Ready(Some(None)) => {}
-                Poll::Ready(Some(Some(event))) => {
-                    let revision = match &event {
+                Poll::Ready(Some(events)) => {
+                    let revision = |event: &Event| match event {
                         Event::Put(entry) => entry.revision,
                         Event::Delete { revision, .. } | Event::Reset { revision, .. } => *revision,
                     };
-                    if revision > self.known {
-                        self.ready.push_back(event);
-                    }
+                    self.ready.extend(events.into_iter().filter(|event| revision(event) > self.known));
                 }
             }
         }

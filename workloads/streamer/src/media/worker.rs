@@ -97,6 +97,8 @@ pub enum Command {
     Cursor(Cursor),
     /// An application holds the pointer, or no longer does.
     PointerLock(bool),
+    /// The display has another size; sent before anybody watches.
+    Screen(Screen),
     /// The session has ended: say goodbye.
     End {
         /// For the client.
@@ -388,6 +390,7 @@ impl Worker {
                 self.locked = locked;
                 self.tell_lock();
             }
+            Command::Screen(screen) => self.core.set_screen(screen),
             Command::End { message } => self.inputs.push_back(Input::End { message }),
             Command::Stop { message, done } => {
                 self.inputs.push_back(Input::End { message });

@@ -250,6 +250,11 @@ impl Core {
         self.screen
     }
 
+    /// The display has another size, which nobody has seen yet.
+    pub fn set_screen(&mut self, screen: Screen) {
+        self.screen = screen;
+    }
+
     /// The next thing to do; drain after every [`Core::handle`].
     pub fn poll_output(&mut self) -> Option<Output> {
         self.outputs.pop_front()

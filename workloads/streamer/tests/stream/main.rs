@@ -333,3 +333,72 @@ async fn stubborn_and_forked_processes_are_ended_with_the_instance() {
     });
     assert!(!alive, "no process is left");
 }
+
+/// Hands a claim over as AMS does, and gives the answer.
+async fn claim(streamer: &Streamer, claim: &serde_json::Value) -> fanlight_api::guest::ClaimAnswer {
+    let mut child = tokio::process::Command::new(env!("CARGO_BIN_EXE_fanlight-streamer"))
+        .arg("claim")
+        .env("XDG_RUNTIME_DIR", streamer.folder.path())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .expect("it starts");
+    let mut stdin = child.stdin.take().expect("a pipe");
+    stdin.write_all(claim.to_string().as_bytes()).await.expect("it reads");
+    drop(stdin);
+    let output = child.wait_with_output().await.expect("it ends");
+    let answer: fanlight_api::guest::ClaimAnswer = serde_json::from_slice(&output.stdout).expect("an answer");
+    assert_eq!(output.status.success(), answer.ok);
+    answer
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_instance_that_waits_is_claimed_and_has_its_new_size_before_the_first_frame() {
+    for (id, start) in [("early", "application"), ("late", "streamer")] {
+        let mut agent = Agent::start().await;
+        let guest = |session: Option<(&str, bool)>, width: u32, height: u32| {
+            let streaming = session.map(|(session, data)| {
+                json!({"session_id": session, "agent_url": agent.url, "token": agent.token,
+                    "fingerprint": agent.fingerprint, "joinable": true, "idle_time_min": 0,
+                    "extra_data": data.then_some("hello")})
+            });
+            json!({"version": 1, "instance_id": id, "application": terminal(), "streaming": streaming,
+                "display": {"width": width, "height": height, "fps": 60, "density": 96},
+                "pool": session.is_none().then_some(start)})
+        };
+        let session = agent.session_id.to_string();
+        let (waiting, wanted) = (guest(None, 800, 600), guest(Some((&session, false)), 1024, 578));
+        let (with_data, other) =
+            (guest(Some((&session, true)), 1024, 578), guest(Some(("other", false)), 64, 64));
+
+        let mut streamer = Streamer::start_with(&waiting.to_string()).await;
+        streamer.ready().await;
+        assert_eq!(*agent.connections.borrow(), 0, "it has no session to connect for");
+        let mut elsewhere = wanted.clone();
+        elsewhere["instance_id"] = json!("nobody");
+        assert!(claim(&streamer, &elsewhere).await.error.is_some_and(|error| error.contains("nobody")));
+        if start == "application" {
+            let error = claim(&streamer, &with_data).await.error.expect("it runs already");
+            assert!(error.contains("started already"), "{error}");
+        }
+        let answer = claim(&streamer, &wanted).await;
+        assert!(answer.ok, "{answer:?}");
+        assert!(claim(&streamer, &wanted).await.ok, "the same again");
+        let error = claim(&streamer, &other).await.error.expect("it is taken");
+        assert!(error.contains("another session"), "{error}");
+
+        let mut client = Client::join(&mut agent, 1, None).await;
+        client.watch().await;
+        assert!(client.run_until(Duration::from_secs(5), |client| client.bright() > 0).await, "a prompt");
+        assert_eq!(client.picture.as_ref().map(|(width, height, _)| (*width, *height)), Some((1024, 578)));
+        streamer.signal(rustix::process::Signal::TERM);
+        assert_eq!(streamer.ended().await.0, 0);
+        let log = std::fs::read_dir(streamer.folder.path()).expect("a folder").flatten().any(|entry| {
+            std::fs::read(entry.path()).is_ok_and(|text| {
+                text.windows(agent.token.len()).any(|window| window == agent.token.as_bytes())
+            })
+        });
+        assert!(!log, "no file has the token");
+    }
+}

@@ -8,6 +8,8 @@ use std::{
     path::PathBuf,
 };
 
+use rustix::fs::OFlags;
+
 /// The file.
 #[derive(Debug)]
 pub struct Log {
@@ -41,7 +43,13 @@ impl Log {
         let file = match &mut self.file {
             Some(file) => file,
             None => {
-                let file = OpenOptions::new().append(true).create(true).mode(0o600).open(&self.path)?;
+                let file = OpenOptions::new()
+                    .append(true)
+                    .create(true)
+                    .mode(0o600)
+                    // Others may write into the folder: neither their link is followed nor their pipe waited for.
+                    .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
+                    .open(&self.path)?;
                 self.size = file.metadata()?.len();
                 self.file.insert(file)
             }

@@ -1,7 +1,7 @@
 //! Datagrams of `sd_notify(3)`: lines of `KEY=VALUE`. Anybody in the instance can send them, so they are bounded
 //! and say nothing that could hurt anybody else.
 
-use fanlight_api::guest::Ended;
+use crate::guest::Ended;
 
 /// Longest text that is kept, characters.
 const MAX_TEXT: usize = 1000;
@@ -41,7 +41,7 @@ fn bounded(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use fanlight_api::guest::EndReason;
+    use crate::guest::EndReason;
 
     use super::*;
 
