@@ -155,27 +155,23 @@ impl Ams {
     /// An instance as answered.
     pub(crate) async fn show_instance(&self, record: &InstanceRecord) -> fanlight_api::ams::Instance {
         let nodes = self.nodes.list().await.unwrap_or_default();
-        self.show_among(record, &nodes).await
+        self.look(record, &nodes).await.show(record)
     }
 
-    /// An instance as answered, among these nodes.
-    pub(crate) async fn show_among(
-        &self,
-        record: &InstanceRecord,
-        nodes: &[crate::nodes::Node],
-    ) -> fanlight_api::ams::Instance {
+    /// What the engine and these nodes know of an instance.
+    pub(crate) async fn look(&self, record: &InstanceRecord, nodes: &[crate::nodes::Node]) -> Look {
         let (address, public_address) = self.addresses(record, nodes).await;
-        let mut shown = record.to_api(&address, &public_address, self.engine.logs(&record.id).await);
         let tells = match record.observed.status {
             InstanceStatus::Started => true,
             // Where it stays without its application, this says why that ended.
             InstanceStatus::Running => record.config.devmode,
             _ => false,
         };
-        if shown.status_message.is_empty() && tells {
-            shown.status_message = self.engine.status(&record.id).await;
-        }
-        shown
+        let status_message = match record.observed.message.is_empty() && tells {
+            true => self.engine.status(&record.id).await,
+            false => record.observed.message.clone(),
+        };
+        Look { address, public_address, status_message, logs: self.engine.logs(&record.id).await }
     }
 
     /// The address of an instance, and the public one of its node.
@@ -972,7 +968,8 @@ impl Ams {
         let mut watch = Watch::default();
         let mut pause = Duration::from_millis(50);
         loop {
-            let step = self.step(id, &mut last, &mut watch).await;
+            // On the heap while it goes on, so that ten thousand instances at rest do not hold what a look needs.
+            let step = Box::pin(self.step(id, &mut last, &mut watch)).await;
             let wait = match step {
                 Ok(Step::Gone) => return,
                 Ok(Step::Again) => {
@@ -1407,6 +1404,23 @@ fn wish(record: &InstanceRecord, pin: Option<NodeId>, selector: Vec<String>) -> 
         selector,
         // That of the image; all images are of the architecture of AMS.
         architecture: if record.image.sha256.is_some() { record.architecture.clone() } else { String::new() },
+    }
+}
+
+/// What is shown of an instance beside its record.
+pub(crate) struct Look {
+    address: String,
+    public_address: String,
+    status_message: String,
+    logs: Vec<String>,
+}
+
+impl Look {
+    /// The instance as answered.
+    pub(crate) fn show(&self, record: &InstanceRecord) -> fanlight_api::ams::Instance {
+        let mut shown = record.to_api(&self.address, &self.public_address, self.logs.clone());
+        shown.status_message.clone_from(&self.status_message);
+        shown
     }
 }
 

@@ -449,6 +449,9 @@ pub struct Pooled {
     pub start: PoolStart,
 }
 
+/// What kind of thing every instance is, in the API; the other one would be a virtual machine.
+pub const KIND: &str = "container";
+
 /// One instance.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct InstanceRecord {
@@ -597,25 +600,13 @@ impl InstanceRecord {
     /// As answered.
     /// `address`: its own; `public_address`: its node's.
     pub fn to_api(&self, address: &str, public_address: &str, stored_logs: Vec<String>) -> ams::Instance {
-        let mut tags = self.tags.clone();
-        if let Some(streaming) = self.session.streaming() {
-            let tag = session_tag(&streaming.session_id);
-            if !tags.contains(&tag) {
-                tags.push(tag);
-            }
-        }
-        // What is being removed shows it at once, whatever the reconciler has seen so far.
-        let status = if self.intent.target == Target::Deleted {
-            InstanceStatus::Deleted
-        } else {
-            self.observed.status
-        };
+        let status = self.status();
         let application = self.application.as_ref();
         ams::Instance {
             id: self.id.clone(),
             name: self.name.clone(),
             base: self.base,
-            kind: "container".into(),
+            kind: KIND.into(),
             status_code: status.code(),
             status: status.as_str().into(),
             status_message: self.observed.message.clone(),
@@ -634,9 +625,26 @@ impl InstanceRecord {
             config: self.config.clone(),
             resources: self.resources.clone(),
             architecture: self.architecture.clone(),
-            tags,
+            tags: self.all_tags(),
             pool: self.pool.map(|pool| pool.state),
         }
+    }
+
+    /// The status that is shown: what is being removed shows it at once, whatever the reconciler has seen so far.
+    pub fn status(&self) -> InstanceStatus {
+        if self.intent.target == Target::Deleted { InstanceStatus::Deleted } else { self.observed.status }
+    }
+
+    /// The words of its owner, and the one that names its session.
+    pub fn all_tags(&self) -> Vec<String> {
+        let mut tags = self.tags.clone();
+        if let Some(streaming) = self.session.streaming() {
+            let tag = session_tag(&streaming.session_id);
+            if !tags.contains(&tag) {
+                tags.push(tag);
+            }
+        }
+        tags
     }
 }
 

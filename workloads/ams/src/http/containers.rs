@@ -21,7 +21,7 @@ use super::{
     instances::{self, Filters, Wait},
     object_for,
 };
-use crate::{Ams, operations::CALLED, size};
+use crate::{Ams, core::model::InstanceRecord, operations::CALLED, size};
 
 /// How the callers of these routes call instances.
 const CONTAINERS: &str = "containers";
@@ -115,10 +115,8 @@ pub(super) async fn list(
             return Ok(collection(&caller, &filters.listing(), Vec::<Value>::new(), |_| String::new()));
         }
     };
-    let list = instances::find(&ams, &filters).await?.iter().map(container).collect();
-    Ok(collection(&caller, &filters.listing(), list, |container: &Value| {
-        url(container["id"].as_str().unwrap_or_default())
-    }))
+    let url = |record: &InstanceRecord| url(record.id.as_str());
+    instances::list_as(&ams, &caller, &filters, url, |instance| container(&instance)).await
 }
 
 pub(super) async fn create(

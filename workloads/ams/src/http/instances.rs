@@ -4,19 +4,21 @@ use axum::{
     extract::{Path, State},
     response::Response,
 };
-use fanlight_api::ams::{Delete, DeleteMany, Instance, InstancePatch, InstancesPost};
+use fanlight_api::{
+    NodeId,
+    ams::{Delete, DeleteMany, Instance, InstancePatch, InstancesPost},
+};
 use fanlight_service::{
     ApiError,
     http::{Json, OptionalJson, Query},
 };
 use http::HeaderMap;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
-use super::{
-    Caller, Listing, accepted, access::resolve, applications::has_all, collection, done, object_for, raw,
-};
+use super::{Caller, Listing, Page, accepted, access::resolve, applications::has_all, done, object_for, raw};
 use crate::{
     Ams,
+    core::model::{InstanceRecord, KIND},
     engine::EngineError,
     identity::permissions::{Kind, Object},
 };
@@ -55,20 +57,23 @@ impl Filters {
         }
     }
 
-    fn take(&self, instance: &Instance) -> bool {
+    fn take(&self, instance: &InstanceRecord) -> bool {
         let equal = |wanted: &Option<String>, is: &str| wanted.as_deref().is_none_or(|wanted| wanted == is);
+        let application = instance.application.as_ref();
         equal(&self.id, instance.id.as_str())
             && equal(&self.name, &instance.name)
             && self.base.is_none_or(|base| base == instance.base)
-            && equal(&self.kind, &instance.kind)
-            && equal(&self.status, &instance.status)
-            && equal(&self.node, &instance.node)
-            && equal(&self.app_id, &instance.app_id)
-            && equal(&self.app_name, &instance.app_name)
-            && self.app_version.is_none_or(|version| version == instance.app_version)
-            && equal(&self.image_id, &instance.image_id)
-            && self.image_version.is_none_or(|version| version == instance.image_version)
-            && has_all(self.tags.as_deref(), &instance.tags)
+            && equal(&self.kind, KIND)
+            && equal(&self.status, instance.status().as_str())
+            && equal(&self.node, instance.node.as_ref().map_or("", NodeId::as_str))
+            && equal(&self.app_id, application.map_or("", |application| application.id.as_str()))
+            && equal(&self.app_name, application.map_or("", |application| &application.name))
+            && self
+                .app_version
+                .is_none_or(|version| version == application.map_or(0, |application| application.version))
+            && equal(&self.image_id, &instance.image.id)
+            && self.image_version.is_none_or(|version| version == instance.image.version)
+            && (self.tags.is_none() || has_all(self.tags.as_deref(), &instance.all_tags()))
     }
 }
 
@@ -82,21 +87,32 @@ pub(super) async fn list(
     caller: Caller,
     Query(filters): Query<Filters>,
 ) -> Result<Response, ApiError> {
-    let list = find(&ams, &filters).await?;
-    Ok(collection(&caller, &filters.listing(), list, |instance| format!("/1.0/instances/{}", instance.id)))
+    list_as(&ams, &caller, &filters, |record| record.url(), |instance| instance).await
 }
 
-/// Those that the filters let through.
-pub(super) async fn find(ams: &Ams, filters: &Filters) -> Result<Vec<Instance>, ApiError> {
-    let mut list = Vec::new();
-    let nodes = ams.nodes.list().await.map_err(super::store_error)?;
-    for record in ams.list_instances().await.map_err(super::store_error)? {
-        let instance = ams.show_among(&record, &nodes).await;
-        if filters.take(&instance) {
-            list.push(instance);
-        }
+/// Those that the filters let through, under these URLs and in this shape.
+pub(super) async fn list_as<S: Serialize>(
+    ams: &Ams,
+    caller: &Caller,
+    filters: &Filters,
+    url: impl Fn(&InstanceRecord) -> String,
+    shape: impl Fn(Instance) -> S,
+) -> Result<Response, ApiError> {
+    let query = filters.listing();
+    let mut records = ams.list_instances().await.map_err(super::store_error)?;
+    records.retain(|record| filters.take(record));
+    let page = Page::of(caller, &query, records, |record| url(record));
+    if !query.shows_objects() {
+        return Ok(page.answer(caller, &query, |record| url(record), |_| ()));
     }
-    Ok(list)
+    let nodes = ams.nodes.list().await.map_err(super::store_error)?;
+    let mut looks = Vec::with_capacity(page.objects.len());
+    for record in page.objects {
+        let look = ams.look(&record, &nodes).await;
+        looks.push((record, look));
+    }
+    let page = Page { objects: looks, total: page.total };
+    Ok(page.answer(caller, &query, |(record, _)| url(record), |(record, look)| shape(look.show(record))))
 }
 
 pub(super) async fn create(

@@ -33,7 +33,7 @@ use fanlight_service::{
 };
 use fanlight_store::StoreError;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
@@ -246,19 +246,60 @@ fn with_entitlements<T: Serialize>(caller: &Caller, url: &str, object: &T) -> Va
 fn collection<T: Serialize>(
     caller: &Caller,
     query: &Listing,
-    mut objects: Vec<T>,
+    objects: Vec<T>,
     url: impl Fn(&T) -> String,
 ) -> Response {
-    objects.retain(|object| caller.may_see(&url(object)));
-    let total = objects.len() as u64;
-    let most = query.limit.and_then(|limit| usize::try_from(limit).ok()).filter(|limit| *limit > 0);
-    let page = objects.into_iter().skip(query.offset.unwrap_or(0)).take(most.unwrap_or(usize::MAX));
-    let metadata: Vec<Value> = match (query.recursion, query.entitlements) {
-        (Some(1), Some(1)) => page.map(|object| with_entitlements(caller, &url(&object), &object)).collect(),
-        (Some(1), _) => page.map(|object| serde_json::to_value(object).unwrap_or_default()).collect(),
-        _ => page.map(|object| Value::from(url(&object))).collect(),
-    };
-    Json(AmsEnvelope { total_size: Some(total), ..sync(metadata) }).into_response()
+    let page = Page::of(caller, query, objects, &url);
+    page.answer(caller, query, url, |object| object)
+}
+
+/// The part of a list that was asked for.
+struct Page<T> {
+    objects: Vec<T>,
+    /// How many there are in all that the caller may see.
+    total: usize,
+}
+
+impl<T> Page<T> {
+    fn of(caller: &Caller, query: &Listing, mut objects: Vec<T>, url: impl Fn(&T) -> String) -> Self {
+        objects.retain(|object| caller.may_see(&url(object)));
+        let total = objects.len();
+        let most = query.limit.and_then(|limit| usize::try_from(limit).ok()).filter(|limit| *limit > 0);
+        objects.drain(..query.offset.unwrap_or(0).min(total));
+        objects.truncate(most.unwrap_or(usize::MAX));
+        Self { objects, total }
+    }
+
+    /// As an answer, with each object as `show` makes it, one at a time: a long list is held as its text only.
+    fn answer<'a, U: Serialize>(
+        &'a self,
+        caller: &Caller,
+        query: &Listing,
+        url: impl Fn(&T) -> String,
+        show: impl Fn(&'a T) -> U,
+    ) -> Response {
+        let objects = &self.objects;
+        match (query.shows_objects(), query.entitlements) {
+            (true, Some(1)) => {
+                self.listed(Each(objects, |object| with_entitlements(caller, &url(object), &show(object))))
+            }
+            (true, _) => self.listed(Each(objects, show)),
+            (false, _) => self.listed(Each(objects, url)),
+        }
+    }
+
+    fn listed(&self, metadata: impl Serialize) -> Response {
+        Json(AmsEnvelope { total_size: Some(self.total as u64), ..sync(metadata) }).into_response()
+    }
+}
+
+/// A list whose members are made one at a time, while it is written.
+struct Each<'a, T, F>(&'a [T], F);
+
+impl<'a, T, U: Serialize, F: Fn(&'a T) -> U> Serialize for Each<'a, T, F> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.0.iter().map(&self.1))
+    }
 }
 
 /// Accepted work as an answer.
@@ -290,6 +331,13 @@ struct Listing {
     offset: Option<usize>,
     limit: Option<i64>,
     entitlements: Option<u8>,
+}
+
+impl Listing {
+    /// Whether the objects themselves were asked for, or their URLs.
+    fn shows_objects(&self) -> bool {
+        self.recursion == Some(1)
+    }
 }
 
 impl From<TrustError> for ApiError {
