@@ -67,7 +67,9 @@ rm -rf "$root"/var/lib/dbus/machine-id "$root"/var/cache/ldconfig "$root"/var/ca
     "$root"/etc/*- "$root"/var/lib/dpkg/*-old "$root"/root/.cache
 : > "$root/etc/apt/sources.list"
 find "$root/var/log" -type f -delete
-find "$root" -xdev -name __pycache__ -prune -exec rm -rf {} +
+# What is mounted there may hold this very tree.
+find "$root" -xdev \( -path "$root/dev" -o -path "$root/proc" -o -path "$root/sys" \) -prune -o \
+    -name __pycache__ -prune -exec rm -rf {} +
 chroot "$root" dpkg-query -W -f '${Package} ${Version} ${Architecture}\n' > "$FANLIGHT_LIST"
 "#;
 

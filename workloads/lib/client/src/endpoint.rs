@@ -126,7 +126,9 @@ impl Endpoint {
             .tcp_nodelay(true)
             .pool_idle_timeout(Duration::from_secs(20));
         if let Way::Unix(path) = &way {
-            builder = builder.unix_socket(path.clone());
+            // A connection for each request, which costs little here. A pool also opens some that it then has no request
+            // for, and they stay silent: LXD takes no other connection of its socket until such a one has spoken.
+            builder = builder.unix_socket(path.clone()).pool_max_idle_per_host(0);
         }
         // Plain HTTP as well: the library would otherwise look for authorities of the system.
         let config = match &tls {
